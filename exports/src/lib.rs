@@ -1,0 +1,1 @@
+//! Exports: the NBD server. Exports know graph backends only.

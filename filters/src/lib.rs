@@ -1,0 +1,1 @@
+//! Filter drivers: throttle, copy-on-read, detect-zeroes.

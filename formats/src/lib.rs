@@ -1,0 +1,1 @@
+//! Format drivers: raw and qcow2.

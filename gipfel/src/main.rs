@@ -1,0 +1,3 @@
+//! The gipfel binary: daemon, image tools, demo.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The block graph: backends, permissions, drained sections, transactions, mutators.

@@ -1,0 +1,1 @@
+//! The node contract: drivers, edges, requests, mappings, permissions and the runner.

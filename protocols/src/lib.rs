@@ -1,0 +1,1 @@
+//! Protocol drivers: nodes that reach storage and have no children.

@@ -1,0 +1,1 @@
+//! QMP: one definition of commands, events and options; the monitor.

@@ -1,0 +1,1 @@
+//! What the tests share: an NBD client, scratch folders, the reference tools.
