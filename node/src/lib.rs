@@ -1,1 +1,27 @@
-//! The node contract: drivers, edges, requests, mappings, permissions and the runner.
+//! The node contract: what a driver is, how requests cross from node to node.
+//!
+//! A [`Driver`] answers, without waiting, where the bytes of a request lie ([`Driver::map`]); the
+//! runner behind [`Child`] then does the plain I/O, the same for all drivers. Only what needs work
+//! (allocation, copy-on-write, decompression, throttling) goes the asynchronous way through the
+//! driver. Every crossing is an edge, checked and counted: see [`Child`].
+//!
+//! This crate knows no concrete driver, no graph, no client.
+
+pub mod child;
+pub mod def;
+pub mod driver;
+pub mod node;
+pub mod perm;
+mod runner;
+pub mod status;
+
+pub use child::Child;
+pub use def::{
+    ChildSpec, Common, CreateArgs, Discard, DriverDef, Implicit, Kind, OpenArgs, Opened,
+};
+pub use driver::{
+    Ability, Access, Driver, DriverInfo, IoFuture, Limits, Mapping, Reopen, WriteFlags, ZeroFlags,
+};
+pub use node::Node;
+pub use perm::{Binding, Perm, Perms, Role};
+pub use status::Status;

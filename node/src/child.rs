@@ -1,0 +1,109 @@
+//! An edge: the named link from a parent to a node, and the one place where requests cross it.
+
+use std::sync::Arc;
+
+use gipfel_base::{ByteRange, Error, ErrorKind, Result};
+use gipfel_io::{Buf, Drained, Entered, Gate};
+
+use crate::driver::{WriteFlags, ZeroFlags};
+use crate::node::Node;
+use crate::runner;
+use crate::status::Status;
+
+/// A named edge `PARENT.CHILD` to at most one node. Requests that cross it are counted; the node
+/// changes only while none is in flight (see [`Child::drain`]).
+pub struct Child {
+    label: String,
+    target: Gate<Option<Arc<Node>>>,
+}
+
+impl Child {
+    /// An edge called `label` (such as `disk.file`) to `node`.
+    pub fn new(label: impl Into<String>, node: Option<Arc<Node>>) -> Arc<Child> {
+        Arc::new(Child { label: label.into(), target: Gate::new(node) })
+    }
+
+    /// The edge's name.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// The node below, once no change is under way.
+    pub async fn node(&self) -> Option<Arc<Node>> {
+        self.target.enter().await.clone()
+    }
+
+    /// Goes through the edge. Waits while it is drained.
+    pub async fn enter(&self) -> Entered<'_, Option<Arc<Node>>> {
+        match self.target.try_enter() {
+            Some(e) => e,
+            None => self.target.enter().await,
+        }
+    }
+
+    /// Stops new requests at the edge and waits until those below it have settled. The result is
+    /// the drained edge: it alone can re-point it, and dropping it lets requests go on.
+    pub async fn drain(&self) -> Drained<'_, Option<Arc<Node>>> {
+        self.target.close().await
+    }
+
+    pub(crate) fn need<'a>(&self, e: &'a Entered<'_, Option<Arc<Node>>>) -> Result<&'a Arc<Node>> {
+        e.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::NoMedium, format!("'{}' has no node (no medium)", self.label))
+        })
+    }
+
+    /// Visible size of the node below, in bytes.
+    pub async fn size(&self) -> Result<u64> {
+        let e = self.enter().await;
+        Ok(self.need(&e)?.size())
+    }
+
+    /// Reads all of `buf` from `offset` (bytes).
+    pub async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
+        runner::read(self, offset, buf).await
+    }
+
+    /// Writes all of `buf` at `offset` (bytes).
+    pub async fn write(&self, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
+        runner::write(self, offset, buf, flags).await
+    }
+
+    /// Makes `range` read as zeros.
+    pub async fn write_zeroes(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        runner::write_zeroes(self, range, flags).await
+    }
+
+    /// Lets go of the contents of `range`.
+    pub async fn discard(&self, range: ByteRange) -> Result<()> {
+        let e = self.enter().await;
+        let node = self.need(&e)?;
+        let range = node.check(range.start(), range.len(), false)?;
+        node.driver().discard(range).await
+    }
+
+    /// Makes all completed writes durable.
+    pub async fn flush(&self) -> Result<()> {
+        let e = self.enter().await;
+        let node = self.need(&e)?;
+        node.driver().flush().await?;
+        node.settle_owed().await
+    }
+
+    /// What the node below knows of the first bytes of `range`, its backing chain left aside.
+    /// Past the node's end: a hole.
+    pub async fn status(&self, range: ByteRange) -> Result<Status> {
+        let e = self.enter().await;
+        let node = self.need(&e)?;
+        match range.intersect(ByteRange::new(0, node.size())) {
+            Some(r) if r.start() == range.start() => node.driver().status(r).await,
+            _ => Ok(Status::hole(range.len())),
+        }
+    }
+
+    /// What a reader of the node below finds in the first bytes of `range`, backing chain
+    /// included, and how many overlays above the deciding node were passed.
+    pub async fn status_through(&self, range: ByteRange) -> Result<(Status, u32)> {
+        runner::status_through(self, range).await
+    }
+}
