@@ -1,1 +1,28 @@
 //! The block graph: backends, permissions, drained sections, transactions, mutators.
+//!
+//! [`model`] is the graph as plain values; every change is an edit of it that is checked before
+//! anything live is touched ([`transaction`]). This crate names no driver: concrete ones come
+//! through the [`Registry`].
+
+mod add;
+pub mod backend;
+mod create;
+mod filename;
+mod graph;
+pub mod model;
+mod open;
+mod perms;
+mod query;
+mod registry;
+mod reopen;
+mod replace;
+mod snapshot;
+mod transaction;
+
+pub use backend::{Backend, Follow};
+pub use filename::nest;
+pub use graph::{BackendOptions, Graph};
+pub use model::{BackendId, EdgeId, Model, NodeId};
+pub use registry::{ImplicitFilters, Registry, ZeroDetection};
+pub use replace::ReplaceEdges;
+pub use snapshot::SnapshotSync;

@@ -459,3 +459,12 @@ fn lock_os(fd: RawFd, command: i32, at: u64, kind: i16) -> Result<bool> {
     }
     Ok(l.l_type != libc::F_UNLCK as i16)
 }
+
+/// Removes the file `path`.
+pub async fn remove(path: &Path) -> Result<()> {
+    if let Some(w) = exec::simulated() {
+        return w.remove(path);
+    }
+    let path = path.to_owned();
+    call(move || Ok(std::fs::remove_file(&path)?)).await
+}

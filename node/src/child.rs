@@ -83,9 +83,14 @@ impl Child {
     }
 
     /// Makes all completed writes durable.
+    ///
+    /// A flush does not hold the edge: what it covers was written below before it came, so it
+    /// may end on the node where it began while the edge moves on. Nobody's pause is an fsync.
     pub async fn flush(&self) -> Result<()> {
-        let e = self.enter().await;
-        let node = self.need(&e)?;
+        let node = {
+            let e = self.enter().await;
+            self.need(&e)?.clone()
+        };
         node.driver().flush().await?;
         node.settle_owed().await
     }

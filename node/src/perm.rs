@@ -146,16 +146,11 @@ pub fn child_perms(role: Role, above: Perms, writable: bool) -> Perms {
             }
             Perms { used, shared }
         }
-        // Overlays rely on the bytes below: others write there only as far as the overlay's own
-        // clients accept changing bytes.
-        Role::Backing => {
-            let used = above.used & Perm::CONSISTENT_READ;
-            let mut shared = Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED;
-            if above.shared.contains(Perm::WRITE) {
-                shared = shared | Perm::WRITE | Perm::RESIZE;
-            }
-            Perms { used, shared }
-        }
+        // Overlays rely on the bytes below: nobody may change what is read there.
+        Role::Backing => Perms {
+            used: above.used & Perm::CONSISTENT_READ,
+            shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
+        },
     }
 }
 

@@ -211,6 +211,13 @@ impl World {
         }
     }
 
+    pub(crate) fn remove(&self, path: &Path) -> Result<()> {
+        match self.files.borrow_mut().remove(path) {
+            Some(_) => Ok(()),
+            None => Err(Error::new(ErrorKind::NotFound, "no such file")),
+        }
+    }
+
     /// One I/O takes its time, and perhaps fails. Never ends after the crash.
     pub(crate) async fn io(&self, kind: IoKind, what: impl Fn() -> String) -> Result<()> {
         let mut n = self.ios.get();

@@ -1,0 +1,164 @@
+//! The backend: the one door through which one client reaches the graph.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use gipfel_base::{ByteRange, Error, ErrorKind, Result};
+use gipfel_io::Buf;
+use gipfel_node::{Ability, Child, Limits, Status, WriteFlags, ZeroFlags};
+
+/// What a backend holds on to when its node is overlaid or replaced (mutators.md, rule 3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Follow {
+    /// The disk: it moves to what takes the node's place.
+    #[default]
+    Disk,
+    /// The node: it keeps showing these very bytes.
+    Node,
+}
+
+/// Requests and bytes since the backend was made.
+#[derive(Default)]
+pub struct Accounting {
+    /// Reads, writes (with zeroes and discards), flushes.
+    pub requests: [AtomicU64; 3],
+    /// Bytes read, bytes written.
+    pub bytes: [AtomicU64; 2],
+}
+
+/// One client's door to the graph. Requests may come from any I/O thread.
+pub struct Backend {
+    name: String,
+    root: Arc<Child>,
+    writable: bool,
+    write_through: AtomicBool,
+    accounting: Accounting,
+}
+
+impl Backend {
+    pub(crate) fn new(name: String, root: Arc<Child>, writable: bool) -> Arc<Backend> {
+        Arc::new(Backend {
+            name,
+            root,
+            writable,
+            write_through: AtomicBool::new(false),
+            accounting: Accounting::default(),
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its edge into the graph.
+    pub(crate) fn root(&self) -> &Arc<Child> {
+        &self.root
+    }
+
+    /// Whether its client may write.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether every write is made durable before it completes.
+    pub fn set_write_through(&self, on: bool) {
+        self.write_through.store(on, Ordering::Relaxed);
+    }
+
+    /// What was done through it.
+    pub fn accounting(&self) -> &Accounting {
+        &self.accounting
+    }
+
+    /// Size of the medium in bytes; [`ErrorKind::NoMedium`] without one.
+    pub async fn size(&self) -> Result<u64> {
+        self.root.size().await
+    }
+
+    /// What requests the medium prefers.
+    pub async fn limits(&self) -> Result<Limits> {
+        let e = self.root.enter().await;
+        let n = e.as_ref().ok_or_else(|| self.no_medium())?;
+        Ok(n.driver().limits())
+    }
+
+    /// How the medium writes zeros.
+    pub async fn zero_ability(&self) -> Result<Ability> {
+        let e = self.root.enter().await;
+        let n = e.as_ref().ok_or_else(|| self.no_medium())?;
+        Ok(n.driver().zero_ability())
+    }
+
+    fn no_medium(&self) -> Error {
+        Error::new(ErrorKind::NoMedium, format!("backend '{}' has no medium", self.name))
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::ReadOnly, format!("backend '{}' is read-only", self.name)))
+    }
+
+    fn count(&self, kind: usize, bytes: u64) {
+        self.accounting.requests[kind].fetch_add(1, Ordering::Relaxed);
+        if let Some(b) = self.accounting.bytes.get(kind) {
+            b.fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Reads all of `buf` from `offset` (bytes).
+    pub async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
+        self.count(0, buf.len() as u64);
+        self.root.read(offset, buf).await
+    }
+
+    /// Writes all of `buf` at `offset` (bytes). The medium does not grow.
+    pub async fn write(&self, offset: u64, buf: Buf, fua: bool) -> Result<()> {
+        self.check_writable()?;
+        self.check_end(offset, buf.len() as u64).await?;
+        self.count(1, buf.len() as u64);
+        let fua = fua || self.write_through.load(Ordering::Relaxed);
+        self.root.write(offset, buf, WriteFlags { fua, unchanged: false }).await
+    }
+
+    /// Makes `range` read as zeros.
+    pub async fn write_zeroes(&self, range: ByteRange, mut flags: ZeroFlags) -> Result<()> {
+        self.check_writable()?;
+        self.check_end(range.start(), range.len()).await?;
+        self.count(1, range.len());
+        flags.fua |= self.write_through.load(Ordering::Relaxed);
+        self.root.write_zeroes(range, flags).await
+    }
+
+    /// Lets go of the contents of `range`.
+    pub async fn discard(&self, range: ByteRange) -> Result<()> {
+        self.check_writable()?;
+        self.count(1, 0);
+        self.root.discard(range).await
+    }
+
+    /// Makes all completed writes durable.
+    pub async fn flush(&self) -> Result<()> {
+        self.count(2, 0);
+        self.root.flush().await
+    }
+
+    /// What a reader finds in the first bytes of `range`, backing chain included, and how many
+    /// overlays were passed.
+    pub async fn status(&self, range: ByteRange) -> Result<(Status, u32)> {
+        self.root.status_through(range).await
+    }
+
+    async fn check_end(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size().await?;
+        match ByteRange::checked(offset, len) {
+            Some(r) if r.end() <= size => Ok(()),
+            _ => Err(Error::invalid(format!(
+                "backend '{}': {len} bytes at {offset:#x} reach past the end at {size:#x}",
+                self.name
+            ))),
+        }
+    }
+}

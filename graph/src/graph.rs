@@ -1,0 +1,267 @@
+//! The running graph: the model, the lock that serialises changes, backends and their clients.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use async_lock::{Mutex, MutexGuard};
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_node::{Child, Driver, DriverDef, Node, Perm, Perms, Role};
+use serde_json::Map;
+
+use crate::backend::{Backend, Follow};
+use crate::model::{
+    BackendId, BackendInfo, Draft, EdgeInfo, Model, Named, NodeId, NodeInfo, Owner, Parent,
+};
+use crate::registry::{Registry, ZeroDetection};
+
+/// How a backend is made.
+#[derive(Clone, Debug, Default)]
+pub struct BackendOptions {
+    /// Its name; without one it is named after its client.
+    pub name: Option<String>,
+    /// Whether its client may write.
+    pub writable: bool,
+    /// Whether its client may change the size.
+    pub resize: bool,
+    /// What it holds on to.
+    pub follow: Follow,
+    /// The implicit filter copy-on-read.
+    pub copy_on_read: bool,
+    /// The implicit filter detect-zeroes.
+    pub detect_zeroes: ZeroDetection,
+}
+
+/// The running graph. Lives on the control thread; requests never come here.
+pub struct Graph {
+    pub(crate) state: Mutex<Model>,
+    pub(crate) registry: Registry,
+}
+
+impl Graph {
+    /// An empty graph over these drivers.
+    pub fn new(registry: Registry) -> Rc<Graph> {
+        Rc::new(Graph { state: Mutex::new(Model::default()), registry })
+    }
+
+    /// The drivers it knows.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The present model. Changes wait while this is held.
+    pub async fn model(&self) -> MutexGuard<'_, Model> {
+        self.state.lock().await
+    }
+
+    /// A backend for `client` on the node or backend called `name`: a backend of that name is
+    /// taken if it has no client, for a node a backend is made along.
+    pub async fn attach(
+        self: &Rc<Self>,
+        name: &str,
+        client: &str,
+        options: BackendOptions,
+    ) -> Result<(BackendId, Arc<Backend>)> {
+        let mut model = self.state.lock().await;
+        if let Some(Named::Backend(id)) = model.lookup(name) {
+            let b = model.backend(id);
+            if let Some(c) = &b.client {
+                return Err(Error::new(
+                    ErrorKind::InUse,
+                    format!("backend '{name}' has a client already: {c}"),
+                ));
+            }
+            if options.writable && !b.live.is_writable() {
+                return Err(Error::new(
+                    ErrorKind::ReadOnly,
+                    format!("backend '{name}' was made read-only"),
+                ));
+            }
+            let mut draft = Draft::new(&mut model);
+            draft.backend_mut(id).client = Some(client.to_owned());
+            let live = draft.backend(id).live.clone();
+            draft.keep();
+            return Ok((id, live));
+        }
+        let node = model.find_disk(name)?;
+        let backend_name = match &options.name {
+            Some(n) => {
+                model.check_backend_name(n)?;
+                n.clone()
+            }
+            None => model.auto_name("backend"),
+        };
+        self.new_backend(&mut model, backend_name, options, Some(node), Some(client)).await
+    }
+
+    /// Makes a backend with its client-side filters, on `node` or without a medium.
+    pub(crate) async fn new_backend(
+        self: &Rc<Self>,
+        model: &mut Model,
+        name: String,
+        options: BackendOptions,
+        node: Option<NodeId>,
+        client: Option<&str>,
+    ) -> Result<(BackendId, Arc<Backend>)> {
+        let filters = self.make_stack(model, &options);
+        let edit = |draft: &mut Draft<'_>| {
+            let id = add_backend(draft, name, &options, filters, client)?;
+            if let Some(n) = node {
+                insert_medium(draft, id, n)?;
+            }
+            Ok(id)
+        };
+        let (id, model) = self.transact(model, edit).await?;
+        Ok((id, model.backend(id).live.clone()))
+    }
+
+    /// Lets go of a client's backend: one made along goes, a pre-made one stays.
+    pub async fn detach(self: &Rc<Self>, id: BackendId) -> Result<()> {
+        let mut model = self.state.lock().await;
+        if model.get_backend(id).is_none() {
+            return Ok(());
+        }
+        self.transact(&mut model, |draft| {
+            if draft.backend(id).made_along {
+                draft.remove_backend(id)
+            } else {
+                draft.backend_mut(id).client = None;
+                Ok(())
+            }
+        })
+        .await
+        .map(drop)
+    }
+
+    fn make_stack(&self, model: &mut Model, options: &BackendOptions) -> Vec<Filter> {
+        // Top to bottom, as the minutes have it: (throttle,) copy-on-read, detect-zeroes.
+        let mut stack = Vec::new();
+        if options.copy_on_read {
+            let (def, make) = self.registry.implicit.copy_on_read;
+            stack.push(Filter::new(model.auto_name("copy-on-read"), def, |c| make(c, ())));
+        }
+        if let Some(f) = self.zero_filter(model, options.detect_zeroes) {
+            stack.push(f);
+        }
+        stack
+    }
+
+    /// The implicit filter for a detect-zeroes option, not yet in the graph.
+    pub(crate) fn zero_filter(&self, model: &mut Model, mode: ZeroDetection) -> Option<Filter> {
+        let (def, make) = self.registry.implicit.detect_zeroes;
+        let unmap = match mode {
+            ZeroDetection::Off => return None,
+            ZeroDetection::On => false,
+            ZeroDetection::Unmap => true,
+        };
+        Some(Filter::new(model.auto_name("detect-zeroes"), def, |c| make(c, unmap)))
+    }
+}
+
+/// An implicit filter that waits to be put into the graph.
+pub(crate) struct Filter {
+    name: String,
+    live: Arc<Node>,
+    edge: Arc<Child>,
+}
+
+impl Filter {
+    fn new(
+        name: String,
+        def: &'static DriverDef,
+        make: impl FnOnce(Arc<Child>) -> Box<dyn Driver>,
+    ) -> Filter {
+        let edge = Child::new(format!("{name}.{}", def.children[0].name), None);
+        let live = Node::new(name.clone(), def, make(edge.clone()));
+        Filter { name, live, edge }
+    }
+
+    /// Adds it to the draft for `owner`, over `below`.
+    pub(crate) fn add(
+        self,
+        draft: &mut Draft<'_>,
+        owner: Owner,
+        below: Option<NodeId>,
+    ) -> Result<NodeId> {
+        let spec = self.live.def().children[0];
+        let id = draft.add_node(NodeInfo {
+            name: self.name,
+            live: self.live,
+            children: Vec::new(),
+            parents: Default::default(),
+            implicit: Some(owner),
+            added_by_user: false,
+            read_only: false,
+            options: Map::new(),
+            common: Default::default(),
+            detect_zeroes: ZeroDetection::Off,
+            side_top: None,
+            above: Perms::IDLE,
+        });
+        draft.add_edge(
+            EdgeInfo {
+                label: self.edge.label().to_owned(),
+                parent: Parent::Node(id),
+                name: spec.name,
+                role: Role::Filtered,
+                binding: spec.binding,
+                target: None,
+                perms: Perms::IDLE,
+                frozen: None,
+                live: self.edge,
+            },
+            below,
+        )?;
+        Ok(id)
+    }
+}
+
+fn add_backend(
+    draft: &mut Draft<'_>,
+    name: String,
+    options: &BackendOptions,
+    filters: Vec<Filter>,
+    client: Option<&str>,
+) -> Result<BackendId> {
+    let mut used = Perm::CONSISTENT_READ;
+    if options.writable {
+        used = used | Perm::WRITE;
+    }
+    if options.resize {
+        used = used | Perm::RESIZE;
+    }
+    let perms = Perms { used, shared: Perm::ALL };
+    let id = draft.add_backend(|root| {
+        let edge = Child::new(format!("{name}.root"), None);
+        let live = Backend::new(name.clone(), edge.clone(), options.writable);
+        let info = BackendInfo {
+            name,
+            root,
+            stack: Vec::new(),
+            made_along: client.is_some(),
+            client: client.map(str::to_owned),
+            perms,
+            follow: options.follow,
+            live,
+        };
+        (info, edge)
+    });
+    // From the bottom up, so that each stands on the one below it.
+    let mut below = None;
+    let mut stack = Vec::new();
+    for f in filters.into_iter().rev() {
+        let n = f.add(draft, Owner::Backend(id), below)?;
+        stack.insert(0, n);
+        below = Some(n);
+    }
+    let root = draft.backend(id).root;
+    draft.repoint(root, below)?;
+    draft.backend_mut(id).stack = stack;
+    Ok(id)
+}
+
+/// Points a backend, under its client-side filters, at the top of `node`'s node-side ones.
+fn insert_medium(draft: &mut Draft<'_>, id: BackendId, node: NodeId) -> Result<()> {
+    let edge = draft.cut_edge(draft.backend(id));
+    let top = draft.top_of(node);
+    draft.repoint(edge, Some(top))
+}

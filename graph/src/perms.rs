@@ -1,0 +1,122 @@
+//! Who needs what of whom in the next graph: computed top down from the backends, checked node by
+//! node. Pure: it reads and writes the draft only.
+
+use std::collections::BTreeSet;
+
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_node::{Perm, Perms};
+
+use crate::model::{Draft, EdgeId, Model, NodeId, Parent};
+
+/// Computes the permissions below everything the draft has touched and checks them.
+pub(crate) fn settle(draft: &mut Draft<'_>) -> Result<()> {
+    let mut open: BTreeSet<NodeId> = draft.before.nodes.keys().copied().collect();
+    for (id, before) in &draft.before.edges {
+        open.extend(before.as_ref().and_then(|e| e.target));
+        open.extend(draft.get_edge(*id).and_then(|e| e.target));
+    }
+    let mut settled = BTreeSet::new();
+    while let Some(n) = open.pop_last() {
+        if draft.get_node(n).is_none() {
+            continue;
+        }
+        settled.insert(n);
+        let above = above(draft, n);
+        if draft.node(n).above != above {
+            draft.node_mut(n).above = above;
+        }
+        let info = draft.node(n);
+        let live = info.live.clone();
+        let writable = !info.read_only;
+        for (i, e) in info.children.clone().into_iter().enumerate() {
+            let edge = draft.edge(e);
+            let perms = live.driver().child_perms(i, edge.role, above, writable);
+            if perms != edge.perms {
+                draft.edge_mut(e).perms = perms;
+                open.extend(draft.edge(e).target);
+            }
+        }
+    }
+    // Only the state at the end counts, never one in between.
+    settled.into_iter().try_for_each(|n| check(draft, n))
+}
+
+fn above(model: &Model, n: NodeId) -> Perms {
+    model.node(n).parents.iter().map(|e| model.edge(*e).perms).fold(Perms::IDLE, Perms::join)
+}
+
+/// Fails where one edge of `n` uses what another does not allow, or someone would write to a node
+/// that is read-only.
+fn check(model: &Model, n: NodeId) -> Result<()> {
+    let node = model.node(n);
+    for p in [Perm::CONSISTENT_READ, Perm::WRITE, Perm::WRITE_UNCHANGED, Perm::RESIZE] {
+        let uses = |e: &&EdgeId| model.edge(**e).perms.used.contains(p);
+        let forbids = |e: &&EdgeId| !model.edge(**e).perms.shared.contains(p);
+        let name = p.names().next().unwrap_or_default();
+        if p == Perm::WRITE
+            && node.read_only
+            && let Some(e) = node.parents.iter().find(uses)
+        {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!(
+                    "node '{}' is read-only, and '{}' ({}) needs permission '{name}' on it",
+                    node.name,
+                    model.edge(*e).label,
+                    model.parent_name(model.edge(*e)),
+                ),
+            ));
+        }
+        // One edge may forbid to others what it uses itself; two different ones conflict.
+        let Some(forbidding) = node.parents.iter().find(forbids) else { continue };
+        let using = node
+            .parents
+            .iter()
+            .filter(uses)
+            .find(|u| *u != forbidding)
+            .map(|u| (*u, *forbidding))
+            .or_else(|| {
+                let user = node.parents.iter().find(uses)?;
+                let other = node.parents.iter().filter(forbids).find(|f| *f != user)?;
+                Some((*user, *other))
+            });
+        if let Some((u, f)) = using {
+            let (u, f) = (model.edge(u), model.edge(f));
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "conflict on node '{}': '{}' ({}) needs permission '{name}', \
+                     which '{}' ({}) does not allow others",
+                    node.name,
+                    u.label,
+                    model.parent_name(u),
+                    f.label,
+                    model.parent_name(f),
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Model {
+    /// How far from the clients an edge is: the longest way down to it.
+    pub(crate) fn rank(&self, e: EdgeId) -> usize {
+        let mut rank = 0;
+        let mut level: BTreeSet<EdgeId> = [e].into();
+        loop {
+            level = level
+                .iter()
+                .filter_map(|e| match self.edge(*e).parent {
+                    Parent::Node(p) => Some(p),
+                    Parent::Backend(_) => None,
+                })
+                .flat_map(|p| self.node(p).parents.iter().copied())
+                .collect();
+            if level.is_empty() {
+                return rank;
+            }
+            rank += 1;
+        }
+    }
+}

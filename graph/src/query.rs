@@ -1,0 +1,198 @@
+//! What the graph tells about itself, in the shapes of the QMP reference.
+
+use std::rc::Rc;
+
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_node::{DriverInfo, Role};
+use serde_json::{Map, Value, json};
+
+use crate::create::cache_value;
+use crate::graph::Graph;
+use crate::model::{Model, NodeId, Parent};
+use crate::registry::ZeroDetection;
+
+impl Graph {
+    /// query-named-block-nodes (BlockDeviceInfo). Implicit filters are left out; with `flat` the
+    /// backing images are not repeated inside each image.
+    pub async fn query_nodes(self: &Rc<Self>, flat: bool) -> Result<Value> {
+        let model = self.state.lock().await;
+        let mut list = Vec::new();
+        // Newest first, as the reference answers.
+        let ids: Vec<_> = model.nodes().map(|(i, _)| i).collect();
+        for id in ids.into_iter().rev() {
+            if model.node(id).implicit.is_none() {
+                list.push(node_info(&model, id, flat).await?);
+            }
+        }
+        Ok(Value::Array(list))
+    }
+
+    /// query-block (BlockInfo): the backends that were made by name.
+    pub async fn query_block(self: &Rc<Self>) -> Result<Value> {
+        let model = self.state.lock().await;
+        let mut list = Vec::new();
+        let named: Vec<_> = model.backends().filter(|(_, b)| !b.made_along).collect();
+        for (_, b) in named {
+            let mut v = json!({
+                "device": b.name,
+                "type": "unknown",
+                "removable": true,
+                "locked": false,
+                "tray_open": false,
+                "io-status": "ok",
+            });
+            if let Some(n) = model.below_stack(b) {
+                v["inserted"] = node_info(&model, model.under_side(n), false).await?;
+            }
+            list.push(v);
+        }
+        Ok(Value::Array(list))
+    }
+
+    /// x-debug-query-block-graph (XDbgBlockGraph), implicit filters included.
+    pub async fn query_graph(self: &Rc<Self>) -> Value {
+        let model = self.state.lock().await;
+        let node_ids: Vec<_> = model.nodes().map(|(i, _)| i).collect();
+        let backend_ids: Vec<_> = model.backends().map(|(i, _)| i).collect();
+        let number = |p: Parent| match p {
+            Parent::Node(n) => node_ids.iter().position(|x| *x == n).unwrap_or(0) + 1,
+            Parent::Backend(b) => {
+                node_ids.len() + backend_ids.iter().position(|x| *x == b).unwrap_or(0) + 1
+            }
+        };
+        let nodes = model.nodes().map(|(i, n)| {
+            json!({ "id": number(Parent::Node(i)), "type": "block-driver", "name": n.name })
+        });
+        let backends = model.backends().map(|(i, b)| {
+            let name = b.client.clone().unwrap_or_else(|| b.name.clone());
+            json!({ "id": number(Parent::Backend(i)), "type": "block-backend", "name": name })
+        });
+        let nodes: Vec<_> = nodes.chain(backends).collect();
+        let edges: Vec<_> = model
+            .edges()
+            .filter_map(|(_, e)| {
+                let child = number(Parent::Node(e.target?));
+                Some(json!({
+                    "parent": number(e.parent),
+                    "child": child,
+                    "name": e.name,
+                    "perm": e.perms.used.names().collect::<Vec<_>>(),
+                    "shared-perm": e.perms.shared.names().collect::<Vec<_>>(),
+                }))
+            })
+            .collect();
+        json!({ "nodes": nodes, "edges": edges })
+    }
+}
+
+/// The node below child `role` of a node, node-side filters looked through.
+fn child(model: &Model, id: NodeId, role: Role) -> Option<NodeId> {
+    let edges = model.node(id).children.iter().map(|e| model.edge(*e));
+    let target = edges.filter(|e| e.role == role).find_map(|e| e.target)?;
+    Some(model.under_side(target))
+}
+
+/// The file name of a node's image: its own, or that of what lies below.
+async fn filename(model: &Model, id: NodeId, info: &DriverInfo) -> String {
+    if let Some(f) = &info.filename {
+        return f.clone();
+    }
+    let mut at = id;
+    while let Some(next) = [Role::Image, Role::Filtered].iter().find_map(|r| child(model, at, *r)) {
+        let below = model.node(next).live.clone();
+        if let Ok(DriverInfo { filename: Some(f), .. }) = below.driver().info().await {
+            return f;
+        }
+        at = next;
+    }
+    format!("json:{}", Value::Object(model.node(id).options.clone()))
+}
+
+/// ImageInfo of one node, its backing image left out.
+async fn image_info(model: &Model, id: NodeId) -> Result<(Map<String, Value>, DriverInfo)> {
+    let node = model.node(id);
+    let info = node.live.driver().info().await?;
+    let mut m = Map::new();
+    m.insert("filename".into(), filename(model, id, &info).await.into());
+    m.insert("format".into(), node.live.def().name.into());
+    m.insert("virtual-size".into(), node.live.size().into());
+    let mut allocated = info.allocated;
+    if allocated.is_none()
+        && let Some(c) = child(model, id, Role::Image)
+    {
+        allocated = model.node(c).live.clone().driver().info().await?.allocated;
+    }
+    if let Some(a) = allocated {
+        m.insert("actual-size".into(), a.into());
+    }
+    if let Some(c) = info.cluster_size {
+        m.insert("cluster-size".into(), c.into());
+    }
+    if let Some(d) = info.dirty {
+        m.insert("dirty-flag".into(), d.into());
+    }
+    if let Some((name, format)) = &info.backing {
+        m.insert("backing-filename".into(), name.clone().into());
+        m.insert("full-backing-filename".into(), {
+            let own = m["filename"].as_str().map(str::to_owned);
+            crate::filename::relative_to(own.as_deref(), name).into()
+        });
+        if let Some(f) = format {
+            m.insert("backing-filename-format".into(), f.clone().into());
+        }
+    }
+    if let Some(s) = &info.specific {
+        m.insert("format-specific".into(), s.clone());
+    }
+    Ok((m, info))
+}
+
+async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
+    let node = model.node(id);
+    let (image, _) = image_info(model, id).await?;
+    let mut chain = vec![id];
+    while let Some(b) = chain.last().and_then(|n| child(model, *n, Role::Backing)) {
+        if chain.contains(&b) {
+            return Err(Error::new(ErrorKind::Corrupt, "the backing chain is a circle"));
+        }
+        chain.push(b);
+    }
+    let mut image = Value::Object(image);
+    if !flat {
+        let mut inner = None;
+        for n in chain.iter().skip(1).rev() {
+            let (mut m, _) = image_info(model, *n).await?;
+            if let Some(i) = inner.take() {
+                m.insert("backing-image".into(), i);
+            }
+            inner = Some(Value::Object(m));
+        }
+        if let Some(i) = inner {
+            image["backing-image"] = i;
+        }
+    }
+    let mut v = json!({
+        "node-name": node.name,
+        "drv": node.live.def().name,
+        "file": image["filename"],
+        "ro": node.read_only,
+        "encrypted": false,
+        "active": true,
+        "cache": cache_value(&node.common),
+        "detect_zeroes": match node.detect_zeroes {
+            ZeroDetection::Off => "off",
+            ZeroDetection::On => "on",
+            ZeroDetection::Unmap => "unmap",
+        },
+        "write_threshold": 0,
+        "backing_file_depth": chain.len() - 1,
+        "image": image,
+    });
+    for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
+        v[limit] = json!(0);
+    }
+    if let Some(b) = v["image"].get("full-backing-filename").cloned() {
+        v["backing_file"] = b;
+    }
+    Ok(v)
+}

@@ -1,0 +1,80 @@
+//! The drivers that a process knows. Filled by the binary; this crate names none.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_node::{Child, Driver, DriverDef};
+
+/// What happens to writes of zeros that a client sends as data (option detect-zeroes).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroDetection {
+    /// They are written.
+    #[default]
+    Off,
+    /// They become a write of zeros.
+    On,
+    /// They become a write of zeros that gives space back.
+    Unmap,
+}
+
+/// An implicit filter: its definition and how to make one.
+pub type MakeFilter<T> = (&'static DriverDef, fn(Arc<Child>, T) -> Box<dyn Driver>);
+
+/// The filters that options put into the graph.
+#[derive(Clone, Copy)]
+pub struct ImplicitFilters {
+    /// For the option detect-zeroes; made with whether space is given back.
+    pub detect_zeroes: MakeFilter<bool>,
+    /// For the option copy-on-read.
+    pub copy_on_read: MakeFilter<()>,
+}
+
+/// All drivers, by name.
+pub struct Registry {
+    drivers: BTreeMap<&'static str, &'static DriverDef>,
+    /// The filters that options put into the graph.
+    pub implicit: ImplicitFilters,
+    /// The driver that a plain file name means.
+    pub file_protocol: &'static str,
+    /// The format of an image in which no other format is found.
+    pub raw_format: &'static str,
+}
+
+impl Registry {
+    /// A registry of these drivers.
+    pub fn new(
+        drivers: &[&'static DriverDef],
+        implicit: ImplicitFilters,
+        file_protocol: &'static str,
+        raw_format: &'static str,
+    ) -> Registry {
+        let drivers = drivers.iter().map(|d| (d.name, *d)).collect();
+        Registry { drivers, implicit, file_protocol, raw_format }
+    }
+
+    /// The driver of that name.
+    pub fn get(&self, name: &str) -> Result<&'static DriverDef> {
+        self.drivers.get(name).copied().ok_or_else(|| {
+            let known: Vec<_> = self.drivers.keys().copied().collect();
+            Error::new(
+                ErrorKind::NotFound,
+                format!("there is no driver '{name}'; drivers are {}", known.join(", ")),
+            )
+        })
+    }
+
+    /// All drivers.
+    pub fn drivers(&self) -> impl Iterator<Item = &'static DriverDef> {
+        self.drivers.values().copied()
+    }
+
+    /// The driver that recognises an image by its first bytes, if one does.
+    pub fn probe(&self, first: &[u8]) -> Option<&'static DriverDef> {
+        self.drivers()
+            .filter_map(|d| d.probe.map(|p| (p(first), d)))
+            .filter(|(sure, _)| *sure > 0)
+            .max_by_key(|(sure, _)| *sure)
+            .map(|(_, d)| d)
+    }
+}

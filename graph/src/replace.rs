@@ -1,0 +1,107 @@
+//! blockdev-replace (our own): puts an explicit filter in or takes it out, live.
+
+use std::rc::Rc;
+
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_node::{Kind, Role};
+
+use crate::graph::Graph;
+use crate::model::{Draft, EdgeId, Model, Named, NodeId, Parent};
+use crate::snapshot::is_position;
+
+/// Which edges blockdev-replace re-points.
+#[derive(Clone, Debug)]
+pub enum ReplaceEdges {
+    /// The edge of that name, `PARENT.CHILD`; for a backend `BACKEND.root`.
+    Named(String),
+    /// All position-bound edges of that node.
+    AllOf(String),
+}
+
+impl Graph {
+    /// Points the edges at the node `with`, which must show the data of what it replaces.
+    pub async fn blockdev_replace(self: &Rc<Self>, edges: &ReplaceEdges, with: &str) -> Result<()> {
+        let mut model = self.state.lock().await;
+        let new = model.find_node(with)?;
+        self.transact(&mut model, |draft| {
+            let moving = match edges {
+                ReplaceEdges::Named(name) => vec![find_edge(draft, name)?],
+                ReplaceEdges::AllOf(name) => {
+                    let old = draft.find_node(name)?;
+                    let new_own = |d: &Draft<'_>, e: &EdgeId| match d.edge(*e).parent {
+                        Parent::Node(p) => d.reaches(new, p),
+                        Parent::Backend(_) => false,
+                    };
+                    let outer = draft.outer_parents(old).into_iter();
+                    outer.filter(|e| is_position(draft, *e) && !new_own(draft, e)).collect()
+                }
+            };
+            let top = draft.top_of(new);
+            for e in moving {
+                let old = draft.edge(e).target.ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::NoMedium,
+                        format!("edge '{}' leads to no node: insert a medium instead", {
+                            &draft.edge(e).label
+                        }),
+                    )
+                })?;
+                same_data(draft, old, new, with)?;
+                draft.repoint(e, Some(top))?;
+            }
+            Ok(())
+        })
+        .await
+        .map(drop)
+    }
+}
+
+/// The edge called `name`. For a backend (also by its client's export id) it is the one from its
+/// client-side filters to its node.
+fn find_edge(model: &Model, name: &str) -> Result<EdgeId> {
+    let missing = || {
+        Error::new(
+            ErrorKind::NotFound,
+            format!("there is no edge '{name}': edges are called PARENT.CHILD, as in 'disk.file'"),
+        )
+    };
+    let (parent, child) = name.rsplit_once('.').ok_or_else(missing)?;
+    match model.lookup(parent) {
+        Some(Named::Backend(b)) if child == "root" => Ok(model.cut_edge(model.backend(b))),
+        Some(Named::Node(_)) => {
+            let n = model.find_node(parent)?;
+            let found = model.node(n).children.iter().find(|e| model.edge(**e).name == child);
+            found.copied().ok_or_else(missing)
+        }
+        _ => Err(missing()),
+    }
+}
+
+/// The node whose data `n` shows, filters looked through.
+fn data_of(model: &Model, n: NodeId) -> NodeId {
+    let mut at = n;
+    loop {
+        let info = model.node(at);
+        if info.live.def().kind != Kind::Filter {
+            return at;
+        }
+        let filtered =
+            info.children.iter().map(|e| model.edge(*e)).find(|e| e.role == Role::Filtered);
+        match filtered.and_then(|e| e.target) {
+            Some(t) => at = t,
+            None => return at,
+        }
+    }
+}
+
+fn same_data(model: &Model, old: NodeId, new: NodeId, with: &str) -> Result<()> {
+    let (a, b) = (data_of(model, old), data_of(model, new));
+    if a == b {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "node '{with}' shows the data of '{}', not of '{}': that would be a change of medium",
+        model.node(b).name,
+        model.node(a).name
+    )))
+}

@@ -1,0 +1,209 @@
+//! One change of the graph, all or nothing (mutators.md, rule 7).
+//!
+//! Edit and check the draft (pure; may refuse) → flush nodes that lose their writers → take
+//! permissions outside the process (may refuse) → drain the re-pointed edges → swap → resume →
+//! give up permissions, close what was removed. Nothing can fail after the swap.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+
+use gipfel_base::{Result, ResultExt};
+use gipfel_io::{Drained, spawn_local};
+use gipfel_node::node::Owed;
+use gipfel_node::{Child, Node, Perms};
+
+use crate::graph::Graph;
+use crate::model::{Draft, Model, NodeId};
+use crate::perms;
+
+/// An edge that gets a new end.
+struct Swap {
+    edge: Arc<Child>,
+    from: Option<(NodeId, Arc<Node>)>,
+    to: Option<Arc<Node>>,
+    rank: usize,
+}
+
+/// A node whose parents need or allow something else than before.
+struct Change {
+    id: NodeId,
+    node: Arc<Node>,
+    old: Perms,
+    new: Perms,
+}
+
+/// What a checked draft comes down to.
+struct Plan {
+    swaps: Vec<Swap>,
+    changes: Vec<Change>,
+    removed: Vec<Arc<Node>>,
+}
+
+impl Plan {
+    fn of(draft: &Draft<'_>) -> Plan {
+        let mut swaps = Vec::new();
+        for (id, before) in &draft.before.edges {
+            let Some(now) = draft.get_edge(*id) else { continue };
+            let from = before.as_ref().and_then(|b| b.target);
+            if before.is_some() && from == now.target {
+                continue;
+            }
+            let was = from.map(|n| (n, before_node(draft, n)));
+            let to = now.target.map(|n| draft.node(n).live.clone());
+            swaps.push(Swap { edge: now.live.clone(), from: was, to, rank: draft.rank(*id) });
+        }
+        swaps.sort_by_key(|s| s.rank);
+        let mut changes = Vec::new();
+        let mut removed = Vec::new();
+        for (id, before) in &draft.before.nodes {
+            let old = before.as_ref().map(|b| b.above);
+            match (draft.get_node(*id), before) {
+                (Some(now), _) if old != Some(now.above) => changes.push(Change {
+                    id: *id,
+                    node: now.live.clone(),
+                    old: old.unwrap_or(now.above),
+                    new: now.above,
+                }),
+                (None, Some(b)) => removed.push(b.live.clone()),
+                _ => {}
+            }
+        }
+        Plan { swaps, changes, removed }
+    }
+
+    /// Nodes that lose their writers to others, with those others.
+    fn losers(&self) -> Vec<(Arc<Node>, Vec<Arc<Node>>)> {
+        let mut found: BTreeMap<NodeId, (Arc<Node>, Vec<Arc<Node>>)> = BTreeMap::new();
+        for s in &self.swaps {
+            let Some((id, node)) = &s.from else { continue };
+            let lost = |c: &Change| c.id == *id && c.old.writes() && !c.new.writes();
+            if self.changes.iter().any(lost) {
+                let entry = found.entry(*id).or_insert_with(|| (node.clone(), Vec::new()));
+                entry.1.extend(s.to.clone());
+            }
+        }
+        found.into_values().collect()
+    }
+}
+
+fn before_node(draft: &Draft<'_>, id: NodeId) -> Arc<Node> {
+    match draft.before.nodes.get(&id) {
+        Some(Some(n)) => n.live.clone(),
+        _ => draft.node(id).live.clone(),
+    }
+}
+
+impl Graph {
+    /// Carries out `edit` as one transaction. Gives what it gave, and the model after it.
+    pub(crate) async fn transact<'m, T>(
+        self: &Rc<Self>,
+        model: &'m mut Model,
+        edit: impl FnOnce(&mut Draft<'_>) -> Result<T>,
+    ) -> Result<(T, &'m Model)> {
+        let mut draft = Draft::new(model);
+        let value = edit(&mut draft)?;
+        perms::settle(&mut draft)?;
+        let plan = Plan::of(&draft);
+        let losers = plan.losers();
+        for (node, _) in &losers {
+            // Most of what is unflushed goes out while the clients still run.
+            let at = || format!("flushing node '{}' before it loses its writers", node.name());
+            node.driver().flush().await.at(at)?;
+        }
+        acquire(&plan.changes).await?;
+        draft.keep();
+        swap(plan.swaps).await;
+        let deferred = !losers.is_empty();
+        let owed: Vec<_> = losers.into_iter().map(|(n, to)| (n, owe(&to))).collect();
+        if deferred {
+            self.clone().settle_later(owed, plan.changes.iter().map(|c| c.id).collect());
+        } else {
+            release(plan.changes.iter().map(|c| (&c.node, c.new))).await;
+        }
+        for n in plan.removed {
+            if let Err(e) = n.driver().close().await {
+                eprintln!("gipfel: closing node '{}': {e}", n.name());
+            }
+        }
+        Ok((value, model))
+    }
+
+    /// Flushes nodes that lost their writers, tells whoever waits for it, and then gives up what
+    /// is no longer needed, such as write locks (mutators.md, rule 9).
+    fn settle_later(self: Rc<Self>, owed: Vec<(Arc<Node>, Arc<Owed>)>, nodes: Vec<NodeId>) {
+        spawn_local(async move {
+            for (node, owed) in owed {
+                let at = || format!("flushing node '{}' after it lost its writers", node.name());
+                owed.settle(node.driver().flush().await.at(at));
+            }
+            let model = self.state.lock().await;
+            let known = nodes.iter().filter_map(|n| model.get_node(*n));
+            release(known.map(|n| (&n.live, n.above))).await;
+        })
+        .detach();
+    }
+}
+
+fn owe(to: &[Arc<Node>]) -> Arc<Owed> {
+    let owed = Arc::new(Owed::default());
+    for n in to {
+        n.owe(owed.clone());
+    }
+    owed
+}
+
+/// Takes what the old and the new state need together; on failure gives it back.
+async fn acquire(changes: &[Change]) -> Result<()> {
+    for (i, c) in changes.iter().enumerate() {
+        let at = || format!("node '{}'", c.node.name());
+        if let Err(e) = c.node.driver().set_perms(c.old.join(c.new)).await.at(at) {
+            release(changes[..=i].iter().map(|c| (&c.node, c.old))).await;
+            return Err(e);
+        }
+    }
+    Ok(())
+}
+
+async fn release(nodes: impl Iterator<Item = (&Arc<Node>, Perms)>) {
+    for (node, perms) in nodes {
+        if let Err(e) = node.driver().set_perms(perms).await {
+            eprintln!("gipfel: node '{}': giving up permissions: {e}", node.name());
+        }
+    }
+}
+
+/// Drains the edges from the clients downwards, swaps all of them, and lets requests go on.
+async fn swap(swaps: Vec<Swap>) {
+    let mut drained: Vec<Drained<'_, Option<Arc<Node>>>> = Vec::new();
+    for level in swaps.chunk_by(|a, b| a.rank == b.rank) {
+        let closing =
+            level.iter().map(|s| Box::pin(s.edge.drain()) as Pin<Box<dyn Future<Output = _>>>);
+        drained.extend(join(closing.collect()).await);
+    }
+    for (d, s) in drained.iter_mut().zip(&swaps) {
+        d.replace(s.to.clone());
+    }
+}
+
+/// The outcomes of all futures, which run side by side.
+async fn join<T>(futures: Vec<Pin<Box<dyn Future<Output = T> + '_>>>) -> Vec<T> {
+    let mut futures: Vec<_> = futures.into_iter().map(|f| (Some(f), None)).collect();
+    std::future::poll_fn(move |cx| {
+        for (f, out) in &mut futures {
+            if let Some(p) = f
+                && let Poll::Ready(v) = p.as_mut().poll(cx)
+            {
+                (*f, *out) = (None, Some(v));
+            }
+        }
+        if futures.iter().any(|(f, _)| f.is_some()) {
+            return Poll::Pending;
+        }
+        Poll::Ready(futures.iter_mut().filter_map(|(_, v)| v.take()).collect())
+    })
+    .await
+}
