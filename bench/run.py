@@ -23,6 +23,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import control  # noqa: E402
 import images  # noqa: E402
 import load  # noqa: E402
 import stall  # noqa: E402
@@ -110,6 +111,15 @@ def run_stall(name, flush, peers, options, folder):
     return medians, met
 
 
+def run_control(peers, options, folder):
+    """Control commands."""
+    def once(_name, command, r):
+        return control.run_once(command, folder, options.cycles, options.seed + r)
+
+    results = in_turns(peers, options.rounds, once)
+    return report(f"control: {options.cycles} cycles", results, control.MEASURES, {})
+
+
 STALLS = {"stall": False, "stall-flush": True}
 
 
@@ -129,6 +139,7 @@ def arguments():
     p.add_argument("--snapshots", type=int, default=20)
     p.add_argument("--gap", type=float, default=0.25, help="seconds between snapshots")
     p.add_argument("--writers", type=int, default=2)
+    p.add_argument("--cycles", type=int, default=200, help="of adding and deleting nodes")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--dir", default=os.environ.get("BENCH_DIR", "/var/tmp"),
                    help="where images are made (default: $BENCH_DIR or /var/tmp)")
@@ -140,7 +151,7 @@ def arguments():
 def main():
     """Runs the cases asked for; returns the exit status."""
     options = arguments()
-    known = [c.name for c in load.CASES] + list(STALLS)
+    known = [c.name for c in load.CASES] + [*STALLS, "control"]
     if options.list:
         print("\n".join(known))
         return 0
@@ -157,12 +168,14 @@ def main():
     out, all_met = {}, True
     try:
         stock = {fmt: os.path.join(folder, f"disk.{fmt}") for fmt in ("raw", "qcow2")}
-        if any(n not in STALLS for n in wanted):
+        if any(n in {c.name for c in load.CASES} for n in wanted):
             images.stamped_raw(stock["raw"], parse_size(options.size))
             images.tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", stock["raw"],
                         stock["qcow2"])
         for name in wanted:
-            if name in STALLS:
+            if name == "control":
+                out[name], met = run_control(peers, options, folder)
+            elif name in STALLS:
                 out[name], met = run_stall(name, STALLS[name], peers, options, folder)
             else:
                 case = next(c for c in load.CASES if c.name == name)
