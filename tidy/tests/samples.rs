@@ -81,7 +81,7 @@ fn lengths() {
     assert_eq!(lines(rules::line_length, "io/src/a.rs", &long[..long.len() - 3]), []);
     let tests = format!("//! A.\n#[cfg(test)]\nmod tests {{\n{}}}\n", "fn f() {}\n".repeat(900));
     assert_eq!(lines(rules::file_length, "io/src/a.rs", &tests), []);
-    assert_eq!(lines(rules::file_length, "io/src/a.rs", &"fn f() {}\n".repeat(601)), [0]);
+    assert_eq!(lines(rules::file_length, "io/src/a.rs", &"fn f() {}\n".repeat(701)), [0]);
 }
 
 #[test]
