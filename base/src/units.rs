@@ -25,7 +25,8 @@ pub const SECTOR: u64 = 512;
 pub fn parse_size(text: &str) -> Result<u64> {
     let bad = || {
         Error::invalid(format!(
-            "'{text}' is not a size: write a number of bytes, or one with a suffix k, M, G, T, P or E"
+            "'{text}' is not a size: write a number of bytes, \
+             or one with a suffix k, M, G, T, P or E"
         ))
     };
     let large =
