@@ -19,7 +19,7 @@ pub struct ExportInfo {
     pub description: Option<String>,
     /// Size in bytes.
     pub size: u64,
-    /// Transmission flags ([`export_flag`]) but for HAS_FLAGS and SEND_DF, which the handshake sets.
+    /// Transmission flags ([`export_flag`]); the handshake itself sets HAS_FLAGS and SEND_DF.
     pub flags: u16,
     /// Smallest addressable unit in bytes, a power of two up to 65536 ("Size constraints").
     pub min_block: u32,
@@ -317,7 +317,7 @@ impl Negotiation {
         let Some(e) = text(data).and_then(|name| exports.find(name)) else {
             return Progress::Close(Close::UnknownExport);
         };
-        if e.require_block_size && e.min_block > 1 {
+        if e.require_block_size {
             return violation("the export demands a client that knows block sizes");
         }
         out.extend_from_slice(&e.size.to_be_bytes());
@@ -355,7 +355,7 @@ impl Negotiation {
         if let Some(d) = e.description.as_ref().filter(|_| asked(info::DESCRIPTION)) {
             answer.reply(option_reply::INFO, &[&info::DESCRIPTION.to_be_bytes(), d.as_bytes()]);
         }
-        let strict = e.require_block_size && e.min_block > 1;
+        let strict = e.require_block_size;
         if asked(info::BLOCK_SIZE) || strict {
             let sizes = [e.min_block, e.preferred_block, MAX_PAYLOAD].map(u32::to_be_bytes);
             let kind = info::BLOCK_SIZE.to_be_bytes();
