@@ -32,6 +32,8 @@ pub struct Backend {
     root: Arc<Child>,
     writable: bool,
     write_through: AtomicBool,
+    /// Size of the medium when it was last seen, in bytes.
+    size: AtomicU64,
     accounting: Accounting,
 }
 
@@ -42,6 +44,7 @@ impl Backend {
             root,
             writable,
             write_through: AtomicBool::new(false),
+            size: AtomicU64::new(0),
             accounting: Accounting::default(),
         })
     }
@@ -71,9 +74,15 @@ impl Backend {
         &self.accounting
     }
 
-    /// Size of the medium in bytes; [`ErrorKind::NoMedium`] without one.
-    pub async fn size(&self) -> Result<u64> {
-        self.root.size().await
+    /// Size of the medium in bytes, 0 without one; while the medium is being changed, what it
+    /// was before.
+    pub fn size(&self) -> u64 {
+        let Some(e) = self.root.try_enter() else {
+            return self.size.load(Ordering::Relaxed);
+        };
+        let now = e.as_ref().map_or(0, |n| n.size());
+        self.size.store(now, Ordering::Relaxed);
+        now
     }
 
     /// What requests the medium prefers.
@@ -117,7 +126,7 @@ impl Backend {
     /// Writes all of `buf` at `offset` (bytes). The medium does not grow.
     pub async fn write(&self, offset: u64, buf: Buf, fua: bool) -> Result<()> {
         self.check_writable()?;
-        self.check_end(offset, buf.len() as u64).await?;
+        self.check_end(offset, buf.len() as u64)?;
         self.count(1, buf.len() as u64);
         let fua = fua || self.write_through.load(Ordering::Relaxed);
         self.root.write(offset, buf, WriteFlags { fua, unchanged: false }).await
@@ -126,7 +135,7 @@ impl Backend {
     /// Makes `range` read as zeros.
     pub async fn write_zeroes(&self, range: ByteRange, mut flags: ZeroFlags) -> Result<()> {
         self.check_writable()?;
-        self.check_end(range.start(), range.len()).await?;
+        self.check_end(range.start(), range.len())?;
         self.count(1, range.len());
         flags.fua |= self.write_through.load(Ordering::Relaxed);
         self.root.write_zeroes(range, flags).await
@@ -151,8 +160,8 @@ impl Backend {
         self.root.status_through(range).await
     }
 
-    async fn check_end(&self, offset: u64, len: u64) -> Result<()> {
-        let size = self.size().await?;
+    fn check_end(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size();
         match ByteRange::checked(offset, len) {
             Some(r) if r.end() <= size => Ok(()),
             _ => Err(Error::invalid(format!(

@@ -41,6 +41,11 @@ impl Child {
         }
     }
 
+    /// Goes through the edge unless it is drained.
+    pub fn try_enter(&self) -> Option<Entered<'_, Option<Arc<Node>>>> {
+        self.target.try_enter()
+    }
+
     /// Stops new requests at the edge and waits until those below it have settled. The result is
     /// the drained edge: it alone can re-point it, and dropping it lets requests go on.
     pub async fn drain(&self) -> Drained<'_, Option<Arc<Node>>> {
