@@ -1,5 +1,7 @@
-//! Exports: servers that show graph backends to clients outside. So far: NBD.
-//!
-//! An export knows a backend handle and nothing of nodes, drivers, formats or jobs.
+//! Exports: the NBD server. Exports know graph backends only: no driver, no job, no command.
 
+mod disk;
 pub mod nbd;
+pub mod table;
+
+pub use table::{Address, ExportInfo, Exports, NewExport};

@@ -291,7 +291,7 @@ impl<D: Disk> Server<D> {
 
     /// Stops listening, drops all exports, disconnects all clients; returns when no request is in
     /// flight any more. What was acknowledged before is done; what was not may be.
-    pub async fn stop(self) {
+    pub async fn stop(&self) {
         let listeners = self.listeners.take();
         for l in listeners {
             l.cancel().await;
