@@ -15,6 +15,7 @@ pub mod net;
 mod op;
 mod ring;
 mod shard;
+pub mod signals;
 pub mod sim;
 pub mod time;
 

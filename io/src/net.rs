@@ -114,6 +114,12 @@ impl Stream {
         Self::from_socket(fd)
     }
 
+    /// A descriptor that is read (or written) as it comes: a pipe, a signalfd.
+    pub(crate) fn from_pipe(fd: OwnedFd) -> Stream {
+        let fd = Arc::new(fd);
+        Stream(Inner::Pipes(fd.clone(), fd))
+    }
+
     /// Standard input and standard output.
     pub fn stdio() -> Result<Stream> {
         let dup = |fd| -> Result<OwnedFd> {
@@ -335,6 +341,18 @@ impl Message {
         }
         self.point();
     }
+}
+
+/// The TCP addresses that a host (name or number; empty: all of this machine) and a port stand
+/// for.
+pub async fn resolve(host: &str, port: &str) -> Result<Vec<SocketAddr>> {
+    use std::net::ToSocketAddrs;
+    let at = format!("TCP address {host}:{port}");
+    let port: u16 = port
+        .parse()
+        .map_err(|_| Error::invalid("the port must be a number from 0 to 65535").context(&*at))?;
+    let host = if host.is_empty() { "::".to_owned() } else { host.to_owned() };
+    call(move || Ok((host.as_str(), port).to_socket_addrs().at(|| at)?.collect())).await
 }
 
 /// Two connected real sockets, for tests.
