@@ -1,3 +1,63 @@
-//! The gipfel binary: daemon, image tools, demo.
+//! The gipfel binary: one program, called by its own name with a subcommand, or by the name of a
+//! tool that it stands for.
 
-fn main() {}
+mod daemon;
+mod drivers;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{ArgMatches, Command};
+use gipfel_base::Result;
+
+/// Bad usage; the tools that we stand for end with it too.
+const USAGE: u8 = 1;
+
+fn cli() -> Command {
+    Command::new("gipfel")
+        .about("Block storage for virtual machines: serve, change and copy disks while in use")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(daemon::cli::command("storage-daemon"))
+}
+
+fn main() -> ExitCode {
+    let args: Vec<_> = std::env::args_os().collect();
+    let called = args.first().and_then(|a| Path::new(a).file_name()?.to_str().map(str::to_owned));
+    let matches = match called.as_deref() {
+        Some("qemu-storage-daemon") => {
+            daemon::cli::command("qemu-storage-daemon").try_get_matches_from(args).map(|m| {
+                let name = "storage-daemon".to_owned();
+                (name, m)
+            })
+        }
+        _ => cli().try_get_matches_from(args).map(|m| match m.subcommand() {
+            Some((name, m)) => (name.to_owned(), m.clone()),
+            None => (String::new(), m),
+        }),
+    };
+    let (name, matches) = match matches {
+        Ok(m) => m,
+        Err(e) => {
+            // Help and version go to standard output and are no failure.
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { USAGE } else { 0 });
+        }
+    };
+    match run(&name, &matches) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("{}: {e}", called.as_deref().unwrap_or("gipfel"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
+    match name {
+        "storage-daemon" => daemon::run(&daemon::cli::config(m)?, || Ok(()))?,
+        _ => unreachable!("clap knows the subcommands"),
+    }
+    Ok(ExitCode::SUCCESS)
+}

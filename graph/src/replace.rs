@@ -16,6 +16,8 @@ pub enum ReplaceEdges {
     Named(String),
     /// All position-bound edges of that node.
     AllOf(String),
+    /// The one position-bound edge of that node; more than one is refused.
+    OnlyOf(String),
 }
 
 impl Graph {
@@ -24,9 +26,9 @@ impl Graph {
         let mut model = self.state.lock().await;
         let new = model.find_node(with)?;
         self.transact(&mut model, |draft| {
-            let moving = match edges {
+            let moving: Vec<EdgeId> = match edges {
                 ReplaceEdges::Named(name) => vec![find_edge(draft, name)?],
-                ReplaceEdges::AllOf(name) => {
+                ReplaceEdges::AllOf(name) | ReplaceEdges::OnlyOf(name) => {
                     let old = draft.find_node(name)?;
                     let new_own = |d: &Draft<'_>, e: &EdgeId| match d.edge(*e).parent {
                         Parent::Node(p) => d.reaches(new, p),
@@ -36,6 +38,14 @@ impl Graph {
                     outer.filter(|e| is_position(draft, *e) && !new_own(draft, e)).collect()
                 }
             };
+            if let (ReplaceEdges::OnlyOf(name), true) = (edges, moving.len() > 1) {
+                let labels: Vec<_> = moving.iter().map(|e| draft.edge(*e).label.clone()).collect();
+                return Err(Error::invalid(format!(
+                    "node '{name}' has several such edges ({}): name one of them as 'edge', or \
+                     say all=on to move them all",
+                    labels.join(", ")
+                )));
+            }
             let top = draft.top_of(new);
             for e in moving {
                 let old = draft.edge(e).target.ok_or_else(|| {

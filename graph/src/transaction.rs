@@ -25,6 +25,9 @@ struct Swap {
     edge: Arc<Child>,
     from: Option<(NodeId, Arc<Node>)>,
     to: Option<Arc<Node>>,
+    /// Whether what it led to still stands on what it leads to now: then a flush of the new node
+    /// is part of a flush of the old one, and cannot wait for it.
+    onto_lower: bool,
     rank: usize,
 }
 
@@ -54,7 +57,12 @@ impl Plan {
             }
             let was = from.map(|n| (n, before_node(draft, n)));
             let to = now.target.map(|n| draft.node(n).live.clone());
-            swaps.push(Swap { edge: now.live.clone(), from: was, to, rank: draft.rank(*id) });
+            let onto_lower = match (from, now.target) {
+                (Some(f), Some(t)) => draft.get_node(f).is_some() && draft.reaches(f, t),
+                _ => false,
+            };
+            let (edge, rank) = (now.live.clone(), draft.rank(*id));
+            swaps.push(Swap { edge, from: was, to, onto_lower, rank });
         }
         swaps.sort_by_key(|s| s.rank);
         let mut changes = Vec::new();
@@ -83,7 +91,7 @@ impl Plan {
             let lost = |c: &Change| c.id == *id && c.old.writes() && !c.new.writes();
             if self.changes.iter().any(lost) {
                 let entry = found.entry(*id).or_insert_with(|| (node.clone(), Vec::new()));
-                entry.1.extend(s.to.clone());
+                entry.1.extend(s.to.clone().filter(|_| !s.onto_lower));
             }
         }
         found.into_values().collect()

@@ -1,0 +1,127 @@
+//! The command line of the storage daemon: the options of qemu-storage-daemon(1), in order.
+
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use gipfel_base::{Error, Result};
+
+use super::{Config, Setup};
+
+type Make = fn(String) -> Setup;
+
+/// The options whose order counts: name, value, help, what they become.
+const ORDERED: [(&str, &str, &str, Make); 6] = [
+    (
+        "blockdev",
+        "OPTIONS",
+        "Add a block node: [driver=]DRIVER,node-name=NAME[,...], or JSON",
+        Setup::Blockdev,
+    ),
+    (
+        "chardev",
+        "OPTIONS",
+        "Add a character device: stdio,id=ID or socket,id=ID,path=PATH,server=on,wait=off",
+        Setup::Chardev,
+    ),
+    (
+        "export",
+        "OPTIONS",
+        "Serve a node: [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on]",
+        Setup::Export,
+    ),
+    ("monitor", "OPTIONS", "Speak QMP on a character device: [chardev=]ID", Setup::Monitor),
+    (
+        "nbd-server",
+        "OPTIONS",
+        "Start the NBD server: addr.type=unix,addr.path=PATH or \
+         addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]",
+        Setup::NbdServer,
+    ),
+    (
+        "object",
+        "OPTIONS",
+        "Make an object: [qom-type=]throttle-group,id=ID,limits.iops-total=N or iothread,id=ID",
+        Setup::Object,
+    ),
+];
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve a qcow2 image for writing on a unix socket, with a QMP monitor beside it:
+    gipfel storage-daemon \\
+      --blockdev file,node-name=f,filename=disk.qcow2 \\
+      --blockdev qcow2,node-name=disk,file=f \\
+      --nbd-server addr.type=unix,addr.path=nbd.sock \\
+      --export nbd,id=e0,node-name=disk,writable=on \\
+      --chardev socket,id=qmp,path=qmp.sock,server=on,wait=off --monitor qmp
+
+Options are carried out in the order in which they are given. The program runs until the
+QMP command quit, SIGTERM, SIGINT or SIGHUP.";
+
+/// The definition of the command line.
+pub fn command(name: &'static str) -> Command {
+    let mut c = Command::new(name)
+        .about("Serve block nodes, commanded by QMP")
+        .after_help(EXAMPLES)
+        .version(env!("CARGO_PKG_VERSION"))
+        .disable_version_flag(true)
+        .arg(
+            Arg::new("version")
+                .long("version")
+                .short('V')
+                .action(ArgAction::Version)
+                .help("Print the version"),
+        );
+    for (name, value, help, _) in ORDERED {
+        c = c.arg(Arg::new(name).long(name).value_name(value).action(ArgAction::Append).help(help));
+    }
+    c.arg(
+        Arg::new("pidfile")
+            .long("pidfile")
+            .value_name("PATH")
+            .value_parser(value_parser!(PathBuf))
+            .help("Write the process id there once everything is set up"),
+    )
+    .arg(
+        Arg::new("daemonize")
+            .long("daemonize")
+            .action(ArgAction::SetTrue)
+            .help("Go to the background once everything is set up"),
+    )
+    .arg(
+        Arg::new("io-threads")
+            .long("io-threads")
+            .value_name("N")
+            .value_parser(value_parser!(u16).range(1..=64))
+            .help("Number of I/O threads (ours; default: one for each CPU, at most 4)"),
+    )
+}
+
+/// What the command line asks for.
+pub fn config(m: &ArgMatches) -> Result<Config> {
+    if m.get_flag("daemonize") {
+        return Err(Error::unsupported(
+            "--daemonize is not offered by this version: start it in the background yourself, \
+             with --pidfile to know when it is ready",
+        ));
+    }
+    let mut found: Vec<(usize, Setup)> = Vec::new();
+    for (name, _, _, make) in ORDERED {
+        let at = m.indices_of(name).into_iter().flatten();
+        let values = m.get_many::<String>(name).into_iter().flatten();
+        found.extend(at.zip(values).map(|(i, v)| (i, make(v.clone()))));
+    }
+    found.sort_by_key(|(i, _)| *i);
+    Ok(Config {
+        setup: found.into_iter().map(|(_, s)| s).collect(),
+        pidfile: m.get_one::<PathBuf>("pidfile").cloned(),
+        io_threads: m
+            .get_one::<u16>("io-threads")
+            .map_or_else(default_io_threads, |n| usize::from(*n)),
+    })
+}
+
+/// One thread for each CPU, but few: each serves thousands of connections.
+pub fn default_io_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(4)
+}

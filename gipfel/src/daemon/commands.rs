@@ -1,0 +1,296 @@
+//! What each QMP command does: arguments to calls of the graph, the exports, the jobs.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_exports::NewExport;
+use gipfel_exports::nbd::{Removal, ServerOptions};
+use gipfel_graph::{BackendOptions, Follow, ReplaceEdges, SnapshotSync};
+use gipfel_qmp::Registry;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{Daemon, address};
+
+type Args = Map<String, Value>;
+
+/// Registers every command.
+pub fn register(r: &mut Registry<Rc<Daemon>>) {
+    graph(r);
+    queries(r);
+    exports(r);
+    jobs(r);
+    super::objects::register(r);
+    r.add("quit", |d: Rc<Daemon>, _: Args| async move {
+        d.quit("host-qmp-quit");
+        Ok(())
+    });
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct NodeName {
+    node_name: String,
+}
+
+/// Either of the two ways to name a disk.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Disk {
+    device: Option<String>,
+    node_name: Option<String>,
+}
+
+impl Disk {
+    fn name(self) -> Result<String> {
+        match (self.device, self.node_name) {
+            (Some(n), None) | (None, Some(n)) => Ok(n),
+            _ => Err(Error::invalid("give either 'device' or 'node-name'")),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Sync {
+    #[serde(flatten)]
+    disk: Disk,
+    snapshot_file: String,
+    snapshot_node_name: Option<String>,
+    format: Option<String>,
+    mode: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Replace {
+    edge: Option<String>,
+    node: Option<String>,
+    with: String,
+    #[serde(default)]
+    all: bool,
+}
+
+#[derive(Deserialize)]
+struct Resize {
+    #[serde(flatten)]
+    disk: Disk,
+    size: u64,
+}
+
+fn graph(r: &mut Registry<Rc<Daemon>>) {
+    r.add("blockdev-add", |d: Rc<Daemon>, a: Args| async move { d.graph.blockdev_add(a).await });
+    r.add("blockdev-del", |d: Rc<Daemon>, a: NodeName| async move {
+        d.graph.blockdev_del(&a.node_name).await
+    });
+    r.add("blockdev-reopen", |d: Rc<Daemon>, mut a: Args| async move {
+        let list = match a.remove("options") {
+            Some(Value::Array(l)) => l,
+            _ => Vec::new(),
+        };
+        let maps = list.into_iter().filter_map(|v| match v {
+            Value::Object(m) => Some(m),
+            _ => None,
+        });
+        d.graph.blockdev_reopen(maps.collect()).await
+    });
+    r.add("blockdev-snapshot", |d: Rc<Daemon>, a: Args| async move {
+        let text = |k: &str| a.get(k).and_then(Value::as_str).unwrap_or_default();
+        d.graph.blockdev_snapshot(text("node"), text("overlay")).await
+    });
+    r.add("blockdev-snapshot-sync", |d: Rc<Daemon>, a: Sync| async move {
+        let s = SnapshotSync {
+            disk: a.disk.name()?,
+            file: a.snapshot_file,
+            node_name: a.snapshot_node_name,
+            format: a.format.unwrap_or_else(|| "qcow2".into()),
+            existing: a.mode.as_deref() == Some("existing"),
+        };
+        d.graph.blockdev_snapshot_sync(&s).await
+    });
+    r.add("blockdev-replace", |d: Rc<Daemon>, a: Replace| async move {
+        let edges = match (a.edge, a.node) {
+            (Some(e), None) => ReplaceEdges::Named(e),
+            (None, Some(n)) if a.all => ReplaceEdges::AllOf(n),
+            (None, Some(n)) => ReplaceEdges::OnlyOf(n),
+            _ => return Err(Error::invalid("give either 'edge' or 'node'")),
+        };
+        d.graph.blockdev_replace(&edges, &a.with).await
+    });
+    r.add("block_resize", |d: Rc<Daemon>, a: Resize| async move {
+        d.graph.block_resize(&a.disk.name()?, a.size).await
+    });
+}
+
+fn queries(r: &mut Registry<Rc<Daemon>>) {
+    r.add("query-named-block-nodes", |d: Rc<Daemon>, a: Args| async move {
+        let flat = a.get("flat").and_then(Value::as_bool).unwrap_or(false);
+        d.graph.query_nodes(flat).await
+    });
+    r.add("query-block", |d: Rc<Daemon>, _: Args| async move { d.graph.query_block().await });
+    r.add("x-debug-query-block-graph", |d: Rc<Daemon>, _: Args| async move {
+        Ok(d.graph.query_graph().await)
+    });
+}
+
+fn exports(r: &mut Registry<Rc<Daemon>>) {
+    r.add("nbd-server-start", |d: Rc<Daemon>, a: Args| async move {
+        nbd_server_start(&d, a).await
+    });
+    r.add("nbd-server-stop", |d: Rc<Daemon>, _: Args| async move { d.exports.stop_nbd().await });
+    r.add("nbd-server-add", |d: Rc<Daemon>, mut a: Args| async move {
+        let node = a.remove("device").unwrap_or_default();
+        let name = a.get("name").cloned().unwrap_or_else(|| node.clone());
+        a.insert("node-name".into(), node);
+        // The old command has no ids; the export's name serves as one.
+        a.insert("id".into(), name);
+        a.insert("type".into(), "nbd".into());
+        export_add(&d, a).await
+    });
+    r.add("nbd-server-remove", |d: Rc<Daemon>, a: Args| async move {
+        let name = a.get("name").and_then(Value::as_str).unwrap_or_default();
+        let id = d.exports.id_of(name).ok_or_else(|| {
+            let text = format!("the NBD server has no export named '{name}'");
+            Error::new(ErrorKind::NotFound, text)
+        })?;
+        d.exports.remove(&id, removal(&a))
+    });
+    r.add("block-export-add", |d: Rc<Daemon>, a: Args| async move { export_add(&d, a).await });
+    r.add("block-export-del", |d: Rc<Daemon>, a: Args| async move {
+        let id = a.get("id").and_then(Value::as_str).unwrap_or_default();
+        d.exports.remove(id, removal(&a))
+    });
+    r.add("query-block-exports", |d: Rc<Daemon>, _: Args| async move {
+        let list = d.exports.list().into_iter().map(|e| {
+            json!({
+                "id": e.id,
+                "type": "nbd",
+                "node-name": e.node,
+                "shutting-down": e.shutting_down,
+            })
+        });
+        Ok(list.collect::<Value>())
+    });
+}
+
+fn removal(a: &Args) -> Removal {
+    match a.get("mode").and_then(Value::as_str) {
+        Some("hard") => Removal::Hard,
+        _ => Removal::Soft,
+    }
+}
+
+/// nbd-server-start and --nbd-server.
+pub async fn nbd_server_start(d: &Rc<Daemon>, mut a: Args) -> Result<()> {
+    for key in ["tls-creds", "tls-authz"] {
+        if a.contains_key(key) {
+            return Err(Error::unsupported(format!("'{key}': this version has no TLS")));
+        }
+    }
+    let addr = match a.remove("addr") {
+        Some(Value::Object(m)) => address::read(m).await?,
+        _ => return Err(Error::invalid("'addr' is missing: say where to listen")),
+    };
+    let mut options = ServerOptions::default();
+    if let Some(n) = a.get("max-connections").and_then(Value::as_u64) {
+        options.max_connections = n as usize;
+    }
+    if let Some(s) = a.get("handshake-max-seconds").and_then(Value::as_u64) {
+        options.handshake_limit = Duration::from_secs(s);
+    }
+    d.exports.start_nbd(addr, options).await.map(drop)
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Export {
+    id: String,
+    node_name: String,
+    name: Option<String>,
+    description: Option<String>,
+    #[serde(default)]
+    writable: bool,
+    #[serde(default)]
+    writethrough: bool,
+    iothread: Option<Value>,
+    #[serde(default)]
+    fixed_iothread: bool,
+    #[serde(default)]
+    bitmaps: Vec<Value>,
+    #[serde(default)]
+    allocation_depth: bool,
+    bitmap: Option<Value>,
+    follow: Option<String>,
+}
+
+/// block-export-add and --export.
+pub async fn export_add(d: &Rc<Daemon>, a: Args) -> Result<()> {
+    let e: Export = serde_json::from_value(Value::Object(a))
+        .map_err(|e| Error::invalid(format!("export options: {e}")))?;
+    if !e.bitmaps.is_empty() || e.bitmap.is_some() {
+        return Err(Error::unsupported("'bitmaps': this version shows no dirty bitmaps"));
+    }
+    if e.allocation_depth {
+        return Err(Error::unsupported("'allocation-depth': not offered by this version"));
+    }
+    if let Some(Value::String(t)) = &e.iothread {
+        // Any I/O thread serves any node; the name only has to exist.
+        d.objects.check_iothread(t)?;
+    } else if e.fixed_iothread {
+        return Err(Error::invalid("'fixed-iothread' needs 'iothread'"));
+    }
+    let follow = match e.follow.as_deref() {
+        Some("node") => Follow::Node,
+        _ => Follow::Disk,
+    };
+    let new = NewExport {
+        id: e.id,
+        node: e.node_name,
+        name: e.name,
+        description: e.description,
+        writable: e.writable,
+        writethrough: e.writethrough,
+        backend: BackendOptions { follow, ..BackendOptions::default() },
+    };
+    d.exports.add(new).await
+}
+
+/// object-add and --object.
+pub fn object_add(d: &Rc<Daemon>, a: Args) -> Result<()> {
+    d.objects.add(a)
+}
+
+fn jobs(r: &mut Registry<Rc<Daemon>>) {
+    r.add("blockdev-create", |d: Rc<Daemon>, mut a: Args| async move {
+        let id = match a.remove("job-id") {
+            Some(Value::String(s)) => s,
+            _ => String::new(),
+        };
+        let options = match a.remove("options") {
+            Some(Value::Object(m)) => m,
+            _ => Map::new(),
+        };
+        let (graph, client) = (d.graph.clone(), format!("job '{id}'"));
+        let work = async move { graph.blockdev_create(options, &client).await };
+        d.jobs.start(&id, gipfel_jobs::Kind::Create, work)
+    });
+    r.add("query-jobs", |d: Rc<Daemon>, _: Args| async move {
+        let list = d.jobs.query().into_iter().map(|j| {
+            let mut v = json!({
+                "id": j.id,
+                "type": j.kind.name(),
+                "status": j.status.name(),
+                "current-progress": j.current,
+                "total-progress": j.total,
+            });
+            if let Some(e) = j.error {
+                v["error"] = json!(e);
+            }
+            v
+        });
+        Ok(list.collect::<Value>())
+    });
+    r.add("job-dismiss", |d: Rc<Daemon>, a: Args| async move {
+        d.jobs.dismiss(a.get("id").and_then(Value::as_str).unwrap_or_default())
+    });
+}

@@ -1,0 +1,134 @@
+//! Events on their way to the monitors, and the bounded queue of lines of each monitor.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::{Rc, Weak};
+
+use event_listener::Event;
+use gipfel_io::time::{sleep, timeout, wall_clock};
+use gipfel_qmp::{Schema, Timestamp};
+use serde_json::Value;
+
+/// Bytes that wait for a monitor's client at most; one that reads nothing loses its connection.
+const MAX_QUEUED: usize = 4 << 20;
+/// How long the end of the daemon waits for its last words to be read.
+const LAST_WORDS: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// The lines that wait to be sent to one client.
+#[derive(Default)]
+pub struct Outbox {
+    lines: RefCell<VecDeque<String>>,
+    bytes: Cell<usize>,
+    sending: Cell<bool>,
+    changed: Event,
+    closed: Cell<bool>,
+    negotiated: Cell<bool>,
+}
+
+impl Outbox {
+    /// Adds a line.
+    pub fn push(&self, line: String) {
+        self.bytes.set(self.bytes.get() + line.len());
+        self.lines.borrow_mut().push_back(line);
+        self.changed.notify(usize::MAX);
+    }
+
+    /// Lets events come from now on.
+    pub fn set_negotiated(&self) {
+        self.negotiated.set(true);
+    }
+
+    /// Nothing is sent any more.
+    pub fn close(&self) {
+        self.closed.set(true);
+        self.changed.notify(usize::MAX);
+    }
+
+    /// The next line, after waiting for it; `None` at the end.
+    pub async fn next(&self) -> Option<String> {
+        self.sending.set(false);
+        loop {
+            let l = self.changed.listen();
+            if let Some(line) = self.lines.borrow_mut().pop_front() {
+                self.bytes.set(self.bytes.get() - line.len());
+                self.sending.set(true);
+                self.changed.notify(usize::MAX);
+                return Some(line);
+            }
+            self.changed.notify(usize::MAX);
+            if self.closed.get() {
+                return None;
+            }
+            l.await;
+        }
+    }
+
+    /// Waits until few enough bytes are queued to take another command.
+    pub async fn room(&self) {
+        loop {
+            let l = self.changed.listen();
+            if self.bytes.get() < MAX_QUEUED || self.closed.get() {
+                return;
+            }
+            l.await;
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.closed.get() || self.lines.borrow().is_empty() && !self.sending.get()
+    }
+}
+
+/// Tells all monitors what happens.
+pub struct Events {
+    schema: &'static Schema,
+    boxes: RefCell<Vec<Weak<Outbox>>>,
+}
+
+impl Events {
+    /// No monitors yet.
+    pub fn new(schema: &'static Schema) -> Rc<Events> {
+        Rc::new(Events { schema, boxes: RefCell::default() })
+    }
+
+    /// Lets a monitor hear of events.
+    pub fn add(&self, b: &Rc<Outbox>) {
+        let mut boxes = self.boxes.borrow_mut();
+        boxes.retain(|b| b.strong_count() > 0);
+        boxes.push(Rc::downgrade(b));
+    }
+
+    /// Tells every monitor that has negotiated.
+    pub fn emit(&self, name: &str, data: Value) {
+        let (seconds, microseconds) = wall_clock();
+        let at = Timestamp { seconds: seconds as i64, microseconds };
+        let line = match self.schema.event_line(name, data, at) {
+            Ok(l) => l,
+            Err(e) => {
+                eprintln!("gipfel: {e}");
+                return;
+            }
+        };
+        for b in self.boxes.borrow().iter().filter_map(Weak::upgrade) {
+            if !b.negotiated.get() || b.closed.get() {
+                continue;
+            }
+            if b.bytes.get() + line.len() > MAX_QUEUED {
+                b.close();
+            } else {
+                b.push(line.clone());
+            }
+        }
+    }
+
+    /// Waits until all is sent, but not long for clients that do not read.
+    pub async fn drained(&self) {
+        let all = async {
+            while self.boxes.borrow().iter().filter_map(Weak::upgrade).any(|b| !b.is_idle()) {
+                sleep(std::time::Duration::from_millis(1)).await;
+            }
+        };
+        // A client that reads nothing does not keep the daemon from its end.
+        let _ = timeout(LAST_WORDS, all).await;
+    }
+}
