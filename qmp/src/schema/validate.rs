@@ -206,9 +206,10 @@ impl Schema {
     ) -> Fit {
         let given = json_type_of(value);
         let exact = ways.iter().find(|(_, ty)| self.json_type(*ty) == Some(given));
-        // Option text has strings only; an empty one says "nothing" where that is a way in.
+        // An empty string says "nothing" where that is a way in: option text has no other way to,
+        // and old clients use it in JSON.
         let null = ways.iter().any(|(_, ty)| self.json_type(*ty) == Some("null"));
-        if form == Form::Text && null && value.as_str() == Some("") {
+        if null && value.as_str() == Some("") {
             *value = Value::Null;
             return Ok(());
         }
