@@ -11,7 +11,8 @@ use std::io::{self, Write};
 use gipfel_base::{Error, Result};
 use serde::Serialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Number, Value, ser::Formatter};
+use serde_json::ser::{Formatter, PrettyFormatter};
+use serde_json::{Map, Number, Value};
 
 use crate::lexer::{Frame, Lexer};
 use crate::limits::MAX_DEPTH;
@@ -48,8 +49,18 @@ pub(crate) fn parse_frame(bytes: &[u8]) -> Result<Value> {
 
 /// Writes a value on one line, in ASCII.
 pub fn to_line(value: &Value) -> String {
+    write(value, Spaced)
+}
+
+/// Writes a value over several lines for people, in ASCII; the lines end in CR LF.
+pub fn to_pretty(value: &Value) -> String {
+    // A line end inside a string is escaped, so every other one is the formatter's.
+    write(value, Indented(PrettyFormatter::with_indent(b"    "))).replace('\n', "\r\n")
+}
+
+fn write(value: &Value, formatter: impl Formatter) -> String {
     let mut out = Vec::with_capacity(128);
-    let mut serializer = serde_json::Serializer::with_formatter(&mut out, Spaced);
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
     // Writing a Value to a Vec has no way to fail; an empty line would be the visible sign.
     if value.serialize(&mut serializer).is_err() {
         out.clear();
@@ -146,21 +157,61 @@ impl Formatter for Spaced {
         w.write_all(b": ")
     }
     fn write_string_fragment<W: ?Sized + Write>(&mut self, w: &mut W, s: &str) -> io::Result<()> {
-        if s.is_ascii() {
-            return w.write_all(s.as_bytes());
-        }
-        let mut units = [0u16; 2];
-        for c in s.chars() {
-            if c.is_ascii() {
-                w.write_all(&[c as u8])?;
-            } else {
-                for unit in c.encode_utf16(&mut units) {
-                    write!(w, "\\u{unit:04X}")?;
-                }
+        ascii(w, s)
+    }
+}
+
+/// Indented, everything beyond ASCII as `\uXXXX`.
+struct Indented(PrettyFormatter<'static>);
+
+impl Formatter for Indented {
+    fn begin_array<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.begin_array(w)
+    }
+    fn end_array<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.end_array(w)
+    }
+    fn begin_array_value<W: ?Sized + Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        self.0.begin_array_value(w, first)
+    }
+    fn end_array_value<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.end_array_value(w)
+    }
+    fn begin_object<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.begin_object(w)
+    }
+    fn end_object<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.end_object(w)
+    }
+    fn begin_object_key<W: ?Sized + Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
+        self.0.begin_object_key(w, first)
+    }
+    fn begin_object_value<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.begin_object_value(w)
+    }
+    fn end_object_value<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.end_object_value(w)
+    }
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, w: &mut W, s: &str) -> io::Result<()> {
+        ascii(w, s)
+    }
+}
+
+fn ascii<W: ?Sized + Write>(w: &mut W, s: &str) -> io::Result<()> {
+    if s.is_ascii() {
+        return w.write_all(s.as_bytes());
+    }
+    let mut units = [0u16; 2];
+    for c in s.chars() {
+        if c.is_ascii() {
+            w.write_all(&[c as u8])?;
+        } else {
+            for unit in c.encode_utf16(&mut units) {
+                write!(w, "\\u{unit:04X}")?;
             }
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -216,5 +267,10 @@ mod tests {
         let v = json!({"a": [1, "\u{e9}\u{1F600}\n\"", {}], "b": []});
         assert_eq!(to_line(&v), r#"{"a": [1, "\u00E9\uD83D\uDE00\n\"", {}], "b": []}"#);
         assert_eq!(parse(&to_line(&v)).unwrap(), v);
+        assert_eq!(
+            to_pretty(&json!({"\u{e9}": [1]})),
+            "{\r\n    \"\\u00E9\": [\r\n        1\r\n    ]\r\n}"
+        );
+        assert_eq!(parse(&to_pretty(&v)).unwrap(), v);
     }
 }

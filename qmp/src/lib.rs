@@ -19,4 +19,4 @@ mod session;
 pub use class::ErrorClass;
 pub use registry::{LocalBoxFuture, Registry};
 pub use schema::{Form, Schema};
-pub use session::{Incoming, Request, Session, Timestamp, Version};
+pub use session::{Incoming, Outgoing, Request, Session, Timestamp, Version};

@@ -59,8 +59,21 @@ pub struct Request {
 pub enum Incoming {
     /// Run this command.
     Command(Request),
-    /// Write this line: the answer to something that is no command to run.
-    Answer(String),
+    /// Write this: the answer to something that is no command to run.
+    Answer(Outgoing),
+}
+
+/// A message to a client: greeting, answer or event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outgoing(Value);
+
+impl Outgoing {
+    /// The text to write, line end included: one line, or indented for people.
+    pub fn text(&self, pretty: bool) -> String {
+        let text = if pretty { json::to_pretty(&self.0) } else { json::to_line(&self.0) };
+        // Lines end as the reference daemon ends them.
+        text + "\r\n"
+    }
 }
 
 /// One connection of one client.
@@ -76,9 +89,9 @@ impl Session {
         Session { schema, lexer: Lexer::new(), negotiated: false }
     }
 
-    /// The first line to write.
-    pub fn greeting(version: &Version) -> String {
-        line(&json!({"QMP": {"version": version.to_value(), "capabilities": []}}))
+    /// The first message to write.
+    pub fn greeting(version: &Version) -> Outgoing {
+        Outgoing(json!({"QMP": {"version": version.to_value(), "capabilities": []}}))
     }
 
     /// True once the client has negotiated: from then on it gets events.
@@ -192,12 +205,12 @@ fn generic(e: Error) -> (ErrorClass, String) {
 }
 
 impl Request {
-    /// The line that answers this request; `None` where success is not answered.
-    pub fn reply(&self, schema: &Schema, result: &Result<Value>) -> Option<String> {
+    /// The answer to this request; `None` where success is not answered.
+    pub fn reply(&self, schema: &Schema, result: Result<Value>) -> Option<Outgoing> {
         let command = schema.command(&self.name);
         match result {
             Ok(_) if command.is_some_and(|c| !c.success_response) => None,
-            Ok(value) => Some(success(value.clone(), self.id.as_ref())),
+            Ok(value) => Some(success(value, self.id.as_ref())),
             Err(e) => {
                 let class = ErrorClass::of(e.kind(), command);
                 Some(failure(class, &e.to_string(), self.id.as_ref()))
@@ -207,11 +220,11 @@ impl Request {
 }
 
 impl Schema {
-    /// The line that tells clients of an event.
+    /// The message that tells clients of an event.
     ///
     /// # Errors
     /// The event is not declared, or its data do not fit the declaration: a mistake of the caller.
-    pub fn event_line(&self, name: &str, mut data: Value, at: Timestamp) -> Result<String> {
+    pub fn event_message(&self, name: &str, mut data: Value, at: Timestamp) -> Result<Outgoing> {
         let event = self
             .event(name)
             .ok_or_else(|| Error::invalid(format!("event '{name}' is not declared")))?;
@@ -223,33 +236,26 @@ impl Schema {
         if event.data.is_some() {
             message.insert("data".into(), data);
         }
-        Ok(line(&Value::Object(message)))
+        Ok(Outgoing(Value::Object(message)))
     }
 }
 
-fn success(value: Value, id: Option<&Value>) -> String {
+fn success(value: Value, id: Option<&Value>) -> Outgoing {
     let mut message = Map::new();
     message.insert("return".into(), value);
     if let Some(id) = id {
         message.insert("id".into(), id.clone());
     }
-    line(&Value::Object(message))
+    Outgoing(Value::Object(message))
 }
 
-fn failure(class: ErrorClass, what: &str, id: Option<&Value>) -> String {
+fn failure(class: ErrorClass, what: &str, id: Option<&Value>) -> Outgoing {
     let mut message = Map::new();
     if let Some(id) = id {
         message.insert("id".into(), id.clone());
     }
     message.insert("error".into(), json!({"class": class.name(), "desc": what}));
-    line(&Value::Object(message))
-}
-
-/// Lines end as the reference daemon ends them.
-fn line(value: &Value) -> String {
-    let mut text = json::to_line(value);
-    text.push_str("\r\n");
-    text
+    Outgoing(Value::Object(message))
 }
 
 #[cfg(test)]

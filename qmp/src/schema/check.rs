@@ -5,7 +5,9 @@ use std::collections::{HashMap, HashSet};
 use gipfel_base::{Error, Result};
 
 use super::parse::{DraftCall, DraftKind, DraftMember, DraftType, Place, TypeName};
-use super::{Builtin, Command, Event, Item, Kind, Member, Notes, Schema, Type, TypeRef, Union};
+use super::{
+    Builtin, Command, Event, Item, Kind, Member, Notes, Schema, Struct, Type, TypeRef, Union,
+};
 
 /// All definitions of all files, by name only.
 pub(super) struct Draft {
@@ -86,8 +88,14 @@ impl Draft {
                 }
                 Kind::Enum(values.iter().map(super::EnumValue::copy).collect())
             }
-            DraftKind::Struct { base, members } => {
-                Kind::Struct(self.with_base(index, t, base.as_ref(), members, &resolve)?)
+            DraftKind::Struct { base, members, one_of } => {
+                let members = self.with_base(index, t, base.as_ref(), members, &resolve)?;
+                let optional =
+                    |name: &String| members.iter().any(|m| m.name == *name && m.optional);
+                if let Some(name) = one_of.iter().flatten().find(|n| !optional(n)) {
+                    return Err(self.error(t.at, format!("'{name}' is no optional member")));
+                }
+                Kind::Struct(Struct { members, one_of: one_of.clone() })
             }
             DraftKind::Union { base, tag, members, branches } => {
                 let members = self.with_base(index, t, base.as_ref(), members, &resolve)?;
@@ -138,7 +146,7 @@ impl Draft {
         if let Some(base) = base {
             let id = index.get(&base.name).map(|&i| &self.types[i].kind);
             // One level of inheritance is enough, and can't loop.
-            let Some(DraftKind::Struct { base: None, members }) = id else {
+            let Some(DraftKind::Struct { base: None, members, .. }) = id else {
                 return Err(self.error(
                     base.at,
                     format!("base '{}' is no struct without a base of its own", base.name),
@@ -164,7 +172,7 @@ impl Draft {
         match &schema.types[schema.type_index[&t.name]].kind {
             Kind::Union(u) => {
                 for branch in u.branches.iter().flatten() {
-                    let Some((members, _)) = schema.object(*branch) else {
+                    let Some(members) = schema.members(*branch) else {
                         let name = &schema.types[*branch].name;
                         return Err(fail(format!("branch type '{name}' is no object")));
                     };
@@ -192,7 +200,9 @@ impl Draft {
 
     fn object_type(&self, schema: &Schema, name: &TypeName) -> Result<usize> {
         match self.look_up(&schema.type_index, name)? {
-            TypeRef { item: Item::Named(id), list: false } if schema.object(id).is_some() => Ok(id),
+            TypeRef { item: Item::Named(id), list: false } if schema.members(id).is_some() => {
+                Ok(id)
+            }
             _ => Err(self.error(name.at, format!("'{}' is no object type", name.name))),
         }
     }

@@ -126,8 +126,8 @@ impl Entries<'_> {
                 let members: Value = members.collect();
                 json!({"meta-type": "enum", "members": members, "values": names})
             }
-            Kind::Struct(members) => {
-                json!({"meta-type": "object", "members": self.members(members)})
+            Kind::Struct(s) => {
+                json!({"meta-type": "object", "members": self.members(&s.members)})
             }
             Kind::Union(u) => {
                 let mut variants = Vec::new();

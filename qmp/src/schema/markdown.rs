@@ -75,9 +75,15 @@ impl Schema {
                     let _ = writeln!(out, "- `{}`{}{}", v.name, flags(&v.notes), tail(&v.notes));
                 }
             }
-            Kind::Struct(members) => self.members(out, members),
+            Kind::Struct(s) => {
+                self.members_list(out, &s.members);
+                for group in &s.one_of {
+                    let names: Vec<_> = group.iter().map(|n| format!("`{n}`")).collect();
+                    let _ = writeln!(out, "\nExactly one of {} is given.", names.join(", "));
+                }
+            }
             Kind::Union(u) => {
-                self.members(out, &u.members);
+                self.members_list(out, &u.members);
                 let tag = u.tag();
                 let values = self.enum_values(tag.ty).unwrap_or_default();
                 for (value, branch) in values.iter().zip(&u.branches) {
@@ -96,7 +102,7 @@ impl Schema {
         }
     }
 
-    fn members(&self, out: &mut String, members: &[Member]) {
+    fn members_list(&self, out: &mut String, members: &[Member]) {
         out.push('\n');
         for m in members {
             let mark = if m.optional { "?" } else { "" };

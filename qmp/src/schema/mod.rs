@@ -85,8 +85,8 @@ pub struct Type {
 pub enum Kind {
     /// One of several words.
     Enum(Vec<EnumValue>),
-    /// An object with these members (those of a base first).
-    Struct(Vec<Member>),
+    /// An object with fixed members.
+    Struct(Struct),
     /// An object whose further members depend on one of its own.
     Union(Union),
     /// A value told apart by its JSON type.
@@ -100,6 +100,15 @@ pub struct EnumValue {
     pub name: String,
     /// Documentation and features.
     pub notes: Notes,
+}
+
+/// An object with fixed members.
+#[derive(Debug)]
+pub struct Struct {
+    /// Its members, those of a base first.
+    pub members: Vec<Member>,
+    /// Groups of optional members; of each group exactly one is given.
+    pub one_of: Vec<Vec<String>>,
 }
 
 /// A flat union: common members, one of which says the branch.
@@ -301,11 +310,11 @@ impl Schema {
         if ty.list { format!("[{item}]") } else { item.to_owned() }
     }
 
-    /// The common members, the tag and the branches of an object type.
-    fn object(&self, id: usize) -> Option<(&[Member], Option<&Union>)> {
+    /// The members that an object type has in any case; `None`: it is no object type.
+    fn members(&self, id: usize) -> Option<&[Member]> {
         match &self.types[id].kind {
-            Kind::Struct(members) => Some((members, None)),
-            Kind::Union(u) => Some((&u.members, Some(u))),
+            Kind::Struct(s) => Some(&s.members),
+            Kind::Union(u) => Some(&u.members),
             Kind::Enum(_) | Kind::Alternate(_) => None,
         }
     }

@@ -21,7 +21,9 @@
 //! command do-that (Options)       # a named type holds the arguments
 //! event DONE { id: str }
 //! ```
-//! `@silent` on a command: success is not answered. Definitions may stand in any order.
+//! `@silent` on a command: success is not answered. `@one-of(a b)` on a struct, or on a command
+//! with members of its own: exactly one of these optional members is given.
+//! Definitions may stand in any order.
 
 use gipfel_base::{Error, Result};
 
@@ -58,7 +60,7 @@ type Branches = Vec<(String, TypeName)>;
 #[derive(Debug)]
 pub(super) enum DraftKind {
     Enum(Vec<EnumValue>),
-    Struct { base: Option<TypeName>, members: Vec<DraftMember> },
+    Struct { base: Option<TypeName>, members: Vec<DraftMember>, one_of: Vec<Vec<String>> },
     Union { base: Option<TypeName>, tag: String, members: Vec<DraftMember>, branches: Branches },
     Alternate(Vec<DraftMember>),
 }
@@ -147,6 +149,7 @@ struct Attributes {
     notes: Notes,
     silent: bool,
     not_found: Option<ErrorClass>,
+    one_of: Vec<Vec<String>>,
 }
 
 struct Parser<'a> {
@@ -187,10 +190,11 @@ impl Parser<'_> {
             }
             "struct" => {
                 let base = self.base()?;
-                let a = self.type_attributes(doc)?;
-                let (members, branches) = self.body(false)?;
-                debug_assert!(branches.is_empty());
-                self.add_type(name, a.notes, at, DraftKind::Struct { base, members });
+                let a = self.attributes(doc)?;
+                self.no_command_attributes(&a)?;
+                let (members, _) = self.body(false)?;
+                let kind = DraftKind::Struct { base, members, one_of: a.one_of };
+                self.add_type(name, a.notes, at, kind);
             }
             "union" => {
                 let base = self.base()?;
@@ -221,9 +225,12 @@ impl Parser<'_> {
     }
 
     fn call(&mut self, name: String, at: Place, doc: String, event: bool) -> Result<()> {
-        let a = self.attributes(doc)?;
-        if event && (a.silent || a.not_found.is_some()) {
-            return Err(self.error("@silent and @not-found are for commands"));
+        let mut a = self.attributes(doc)?;
+        if event {
+            self.no_command_attributes(&a)?;
+        }
+        if !a.one_of.is_empty() && !self.peek_sign("{") {
+            return Err(self.error("@one-of is for structs, and commands with members"));
         }
         let args = if self.sign("(") {
             let ty = self.type_name()?;
@@ -232,12 +239,9 @@ impl Parser<'_> {
         } else if self.peek_sign("{") {
             let (members, _) = self.body(false)?;
             let ty = format!("{name}-{}", if event { "data" } else { "arguments" });
-            self.add_type(
-                ty.clone(),
-                Notes::default(),
-                at,
-                DraftKind::Struct { base: None, members },
-            );
+            let one_of = std::mem::take(&mut a.one_of);
+            let kind = DraftKind::Struct { base: None, members, one_of };
+            self.add_type(ty.clone(), Notes::default(), at, kind);
             Some(TypeName { name: ty, list: false, at })
         } else {
             None
@@ -324,15 +328,23 @@ impl Parser<'_> {
 
     fn type_attributes(&mut self, doc: String) -> Result<Attributes> {
         let a = self.attributes(doc)?;
-        if a.silent || a.not_found.is_some() {
-            return Err(self.error("@silent and @not-found are for commands"));
+        self.no_command_attributes(&a)?;
+        if !a.one_of.is_empty() {
+            return Err(self.error("@one-of is for structs, and commands with members"));
         }
         Ok(a)
     }
 
+    fn no_command_attributes(&self, a: &Attributes) -> Result<()> {
+        if a.silent || a.not_found.is_some() {
+            return Err(self.error("@silent and @not-found are for commands"));
+        }
+        Ok(())
+    }
+
     fn attributes(&mut self, doc: String) -> Result<Attributes> {
         let notes = Notes { doc, ..Notes::default() };
-        let mut a = Attributes { notes, silent: false, not_found: None };
+        let mut a = Attributes { notes, silent: false, not_found: None, one_of: Vec::new() };
         while self.sign("@") {
             match self.word("an attribute")?.as_str() {
                 "ours" => a.notes.ours = true,
@@ -347,6 +359,14 @@ impl Parser<'_> {
                     a.not_found = Some(
                         known.ok_or_else(|| self.error(format!("'{class}' is no error class")))?,
                     );
+                }
+                "one-of" => {
+                    self.expect("(")?;
+                    let mut group = Vec::new();
+                    while !self.sign(")") {
+                        group.push(self.word("a member or ')'")?);
+                    }
+                    a.one_of.push(group);
                 }
                 known @ ("deprecated" | "unstable") => a.notes.features.push(known.to_owned()),
                 other => return Err(self.error(format!("attribute '@{other}' is unknown"))),

@@ -86,6 +86,16 @@ fn refusals_name_the_path() {
             "'arguments.options.1.file' is missing",
         ),
         ("blockdev-reopen", json!({"options": {}}), "'arguments.options' must be a list, not an"),
+        (
+            "block_resize",
+            json!({"size": 1}),
+            "'arguments.device' is missing: give 'device' or 'node-name'",
+        ),
+        (
+            "block_resize",
+            json!({"size": 1, "device": "a", "node-name": "b"}),
+            "'arguments.node-name' is given together with 'device'",
+        ),
         ("quit", json!({"now": true}), "'arguments.now' is not known"),
         (
             "nbd-server-start",
@@ -159,6 +169,9 @@ fn the_language_says_what_is_wrong() {
         ("struct A { x: str !", "t.qmp:1: character '!' means nothing here"),
         ("struct A {", "t.qmp:1: a member or '}' is missing"),
         ("enum E {", "t.qmp:1: a value or '}' is missing"),
+        ("struct A @one-of(x) { x: int }", "'x' is no optional member"),
+        ("enum A @one-of(x) { x }", "@one-of is for structs"),
+        ("-- d\ncommand x @one-of(x) (A) struct A { }", "@one-of is for structs"),
         ("-- left over", "documentation stands at the end"),
         ("", ""),
     ];
@@ -182,7 +195,7 @@ fn the_language_keeps_what_is_said() {
     assert_eq!(c.notes.doc, "Two\nlines.");
     assert_eq!(c.notes.features, ["unstable"]);
     assert!(!c.success_response && c.not_found == crate::ErrorClass::DeviceNotFound);
-    let Kind::Struct(members) = &schema.type_at(c.args.unwrap()).kind else { panic!() };
+    let members = schema.members(c.args.unwrap()).unwrap();
     assert_eq!(members[0].notes.doc, "First.\nSecond.");
     assert!(members[0].optional && members[0].ty.list && members[1].notes.ours);
     assert_eq!(schema.type_text(c.returns.unwrap()), "[Point]");
@@ -208,11 +221,8 @@ fn branches_can_branch_again() {
 fn every_member_has_documentation() {
     let mut bare = Vec::new();
     for t in &builtin().types {
-        let members = match &t.kind {
-            Kind::Struct(members) => members,
-            Kind::Union(u) => &u.members,
-            _ => continue,
-        };
+        let members = builtin().type_index[&t.name];
+        let members = builtin().members(members).unwrap_or_default();
         bare.extend(
             members
                 .iter()

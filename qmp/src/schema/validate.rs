@@ -139,47 +139,78 @@ impl Schema {
                 }
                 Err(Misfit::new(unknown_word(word, values.iter().map(|v| v.name.as_str()))))
             }
-            Kind::Struct(members) => self.object_value(members, None, value, form, depth),
-            Kind::Union(u) => self.object_value(&u.members, Some(u), value, form, depth),
+            Kind::Struct(_) | Kind::Union(_) => self.object(id, value, form, depth),
             Kind::Alternate(ways) => self.alternate(ways, value, form, depth),
         }
     }
 
-    fn object_value(
-        &self,
-        members: &[Member],
-        union: Option<&Union>,
-        value: &mut Value,
-        form: Form,
-        depth: usize,
-    ) -> Fit {
+    fn object(&self, id: usize, value: &mut Value, form: Form, depth: usize) -> Fit {
         let Value::Object(map) = value else {
             return Err(wrong_type("an object", value));
         };
-        let mut shape = vec![members];
-        let mut next = union;
-        while let Some(u) = next.take() {
+        // The type and the branches it takes, outermost first.
+        let mut layers = vec![id];
+        let mut next = Some(id);
+        while let Some(Kind::Union(u)) = next.take().map(|id| &self.types[id].kind) {
             // The tag decides which other members are known, so it is looked at first.
-            let tag = u.tag();
-            self.member(tag, map, form, depth)?;
-            let word = map.get(&tag.name).and_then(Value::as_str);
-            let branch = word.and_then(|w| {
-                let values = self.enum_values(tag.ty)?;
-                u.branches[values.iter().position(|v| v.name == w)?]
-            });
-            if let Some((members, inner)) = branch.and_then(|id| self.object(id)) {
-                shape.push(members);
-                next = inner;
-            }
+            self.member(u.tag(), map, form, depth)?;
+            next = self.branch(u, map);
+            layers.extend(next);
         }
-        let known = |key: &str| shape.iter().any(|ms| ms.iter().any(|m| m.name == key));
-        if let Some(key) = map.keys().find(|k| !known(k)) {
-            let names = shape.iter().flat_map(|ms| ms.iter().map(|m| m.name.as_str()));
+        let members = || layers.iter().flat_map(|id| self.members(*id).unwrap_or_default());
+        if let Some(key) = map.keys().find(|k| !members().any(|m| m.name == **k)) {
             let shown: String = key.chars().take(64).collect();
-            return Err(Misfit::new(unknown_key(key, names, union, map)).under(&shown));
+            let names = members().map(|m| m.name.as_str());
+            let what = match nearest(key, names) {
+                Some(near) => {
+                    format!("is not known{}: did you mean '{near}'?", self.place(id, map))
+                }
+                None => format!("is not known{}", self.place(id, map)),
+            };
+            return Err(Misfit::new(what).under(&shown));
         }
-        for member in shape.iter().flat_map(|ms| ms.iter()) {
-            self.member(member, map, form, depth)?;
+        for m in members() {
+            self.member(m, map, form, depth)?;
+        }
+        layers.iter().try_for_each(|id| self.one_of(*id, map))
+    }
+
+    /// The object type that a union takes on by what its tag says.
+    fn branch(&self, u: &Union, map: &Map<String, Value>) -> Option<usize> {
+        let word = map.get(&u.tag().name)?.as_str()?;
+        let values = self.enum_values(u.tag().ty)?;
+        u.branches[values.iter().position(|v| v.name == word)?]
+    }
+
+    /// In which branch a key is not known, in words.
+    fn place(&self, id: usize, map: &Map<String, Value>) -> String {
+        let Kind::Union(u) = &self.types[id].kind else {
+            return String::new();
+        };
+        let tag = &u.tag().name;
+        let word = map.get(tag).and_then(Value::as_str);
+        word.map_or(String::new(), |word| format!(" where {tag} is '{word}'"))
+    }
+
+    /// Of each group of members exactly one is given.
+    fn one_of(&self, id: usize, map: &Map<String, Value>) -> Fit {
+        let Kind::Struct(s) = &self.types[id].kind else {
+            return Ok(());
+        };
+        for group in &s.one_of {
+            let mut given = group.iter().filter(|name| map.contains_key(*name));
+            let names: Vec<_> = group.iter().map(|n| format!("'{n}'")).collect();
+            let names = names.join(" or ");
+            match (given.next(), given.next()) {
+                (Some(_), None) => {}
+                (None, _) => {
+                    return Err(Misfit::new(format!("is missing: give {names}")).under(&group[0]));
+                }
+                (Some(a), Some(b)) => {
+                    let what = format!("is given together with '{a}': give only {names}");
+                    return Err(Misfit::new(what).under(b));
+                }
+            }
         }
         Ok(())
     }
@@ -206,9 +237,10 @@ impl Schema {
     ) -> Fit {
         let given = json_type_of(value);
         let exact = ways.iter().find(|(_, ty)| self.json_type(*ty) == Some(given));
-        // Option text has strings only; an empty one says "nothing" where that is a way in.
+        // An empty string says "nothing" where that is a way in: option text has no other way to,
+        // and old clients use it in JSON.
         let null = ways.iter().any(|(_, ty)| self.json_type(*ty) == Some("null"));
-        if form == Form::Text && null && value.as_str() == Some("") {
+        if null && value.as_str() == Some("") {
             *value = Value::Null;
             return Ok(());
         }
@@ -406,23 +438,6 @@ fn unknown_word<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String 
     match nearest(word, known.iter().copied()) {
         Some(near) => format!("must not be '{shown}': did you mean '{near}'?"),
         None => format!("must not be '{shown}': it is one of {}", known.join(", ")),
-    }
-}
-
-fn unknown_key<'a>(
-    key: &str,
-    known: impl Iterator<Item = &'a str>,
-    union: Option<&Union>,
-    map: &Map<String, Value>,
-) -> String {
-    let of = union.and_then(|u| {
-        let tag = &u.tag().name;
-        Some(format!(" where {tag} is '{}'", map.get(tag)?.as_str()?))
-    });
-    let of = of.unwrap_or_default();
-    match nearest(key, known) {
-        Some(near) => format!("is not known{of}: did you mean '{near}'?"),
-        None => format!("is not known{of}"),
     }
 }
 

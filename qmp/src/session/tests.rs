@@ -16,7 +16,7 @@ fn feed(session: &mut Session, parts: &[&[u8]]) -> Vec<String> {
         while let Some(incoming) = session.push(&mut input) {
             out.push(match incoming {
                 Incoming::Command(r) => format!("{} {} {:?}", r.name, r.args, r.id),
-                Incoming::Answer(a) => a,
+                Incoming::Answer(a) => a.text(false),
             });
         }
         assert!(input.is_empty());
@@ -40,7 +40,7 @@ fn version() -> Version {
 #[test]
 fn greeting_and_negotiation() {
     assert_eq!(
-        Session::greeting(&version()),
+        Session::greeting(&version()).text(false),
         "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 2, \"minor\": 0, \"major\": 10}, \
          \"package\": \"test\"}, \"capabilities\": []}}\r\n"
     );
@@ -94,25 +94,27 @@ fn replies_and_events() {
     let schema = Schema::builtin().unwrap();
     let request = |name: &str| Request { name: name.into(), args: json!({}), id: Some(json!(1)) };
     assert_eq!(
-        request("quit").reply(schema, &Ok(json!({}))).unwrap(),
+        request("quit").reply(schema, Ok(json!({}))).unwrap().text(false),
         "{\"return\": {}, \"id\": 1}\r\n"
     );
-    let gone = Err(Error::new(ErrorKind::NotFound, "nothing 'x'"));
-    let line = request("blockdev-del").reply(schema, &gone).unwrap();
+    let gone = || Err(Error::new(ErrorKind::NotFound, "nothing 'x'"));
+    let line = request("blockdev-del").reply(schema, gone()).unwrap().text(false);
     assert_eq!(
         line,
         "{\"id\": 1, \"error\": {\"class\": \"GenericError\", \"desc\": \"nothing 'x'\"}}\r\n"
     );
-    assert!(request("qom-get").reply(schema, &gone).unwrap().contains("DeviceNotFound"));
+    let get = request("qom-get").reply(schema, gone()).unwrap();
+    assert!(get.text(false).contains("DeviceNotFound"));
+    assert_eq!(get.text(true).matches("\r\n").count(), 7);
     let at = Timestamp { seconds: 5, microseconds: 7 };
     let data = json!({"id": "j", "status": "running"});
     assert_eq!(
-        schema.event_line("JOB_STATUS_CHANGE", data, at).unwrap(),
+        schema.event_message("JOB_STATUS_CHANGE", data, at).unwrap().text(false),
         "{\"timestamp\": {\"seconds\": 5, \"microseconds\": 7}, \"event\": \"JOB_STATUS_CHANGE\", \
          \"data\": {\"id\": \"j\", \"status\": \"running\"}}\r\n"
     );
-    assert!(schema.event_line("JOB_STATUS_CHANGE", json!({"id": "j"}), at).is_err());
-    assert!(schema.event_line("NO_SUCH", json!({}), at).is_err());
+    assert!(schema.event_message("JOB_STATUS_CHANGE", json!({"id": "j"}), at).is_err());
+    assert!(schema.event_message("NO_SUCH", json!({}), at).is_err());
 }
 
 #[test]
