@@ -48,6 +48,9 @@ const OS_PATHS: &[(&str, &str)] = &[
     ("io_uring", "gipfel_io"),
 ];
 
+/// Plain values that live beside them and do nothing by themselves.
+const OS_VALUES: &[&str] = &["std::net::SocketAddr", "std::net::IpAddr"];
+
 /// Which gipfel crates a crate may depend on: what stands above it in ARCHITECTURE.md's list,
 /// without the drivers for those that must name none.
 pub const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
@@ -110,6 +113,9 @@ pub fn no_os_above_io(s: &Source) -> Vec<Finding> {
     }
     let mut out = Vec::new();
     let mut check = |line: usize, path: &str| {
+        if OS_VALUES.contains(&path) {
+            return;
+        }
         for (os, instead) in OS_PATHS {
             let rest = path.strip_prefix(os);
             if rest.is_some_and(|r| r.is_empty() || r.starts_with("::")) {

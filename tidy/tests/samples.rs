@@ -33,6 +33,8 @@ fn operating_system_above_io() {
     assert_eq!(lines(rule, "testkit/src/lib.rs", text), []);
     let test = "#[cfg(test)]\nmod tests {\n    use std::fs;\n}\n";
     assert_eq!(lines(rule, "node/src/a.rs", test), []);
+    assert_eq!(lines(rule, "exports/src/a.rs", "use std::net::{SocketAddr, TcpStream};\n"), [1]);
+    assert_eq!(lines(rule, "exports/src/a.rs", "use std::net::SocketAddr;\n"), []);
     let fine = "use std::time::Duration;\nuse std::sync::Arc;\nfn std_fs() { my::fs::read() }\n";
     assert_eq!(lines(rule, "node/src/a.rs", fine), []);
 }

@@ -1,3 +1,5 @@
+//! The codec on its own: what it takes, what it refuses, what it answers, byte for byte.
+
 use super::consts::*;
 use super::negotiate::*;
 use super::reply;
