@@ -193,16 +193,11 @@ impl Epoch {
     /// Goes in.
     pub fn pin(&self) -> EpochPin<'_> {
         let shard = mine();
-        loop {
-            let e = self.current.load(Ordering::SeqCst);
-            let parity = (e & 1) as u8;
-            self.inside[parity as usize][shard].0.fetch_add(1, Ordering::SeqCst);
-            // Only a pin counted in the epoch that is still current holds it back for sure.
-            if self.current.load(Ordering::SeqCst) == e {
-                return EpochPin { epoch: self, parity, shard: shard as u8 };
-            }
-            self.inside[parity as usize][shard].0.fetch_sub(1, Ordering::SeqCst);
-        }
+        let parity = (self.current.load(Ordering::SeqCst) & 1) as u8;
+        // The epoch may have gone on since that load: whichever set a pin is counted in, one of
+        // the next two advances needs that set empty.
+        self.inside[parity as usize][shard].0.fetch_add(1, Ordering::SeqCst);
+        EpochPin { epoch: self, parity, shard: shard as u8 }
     }
 
     /// The number of the current epoch.
