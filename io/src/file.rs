@@ -1,7 +1,8 @@
 //! Files and block devices: whole reads and writes, flush, space, extents, sizes, byte locks.
 //!
 //! A read past the end gives zeros, a write is whole or an error. What a format or a client sees
-//! of it is decided above; alignment for O_DIRECT is the caller's (see [`FileInfo`]).
+//! of it is decided above. With O_DIRECT offsets and lengths must be aligned by the caller (see
+//! [`FileInfo`]); memory that is not aligned goes through a bounce buffer here.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -84,6 +85,8 @@ struct OsFile {
     /// A regular file behind the page cache: small writes are copies that the calling thread does
     /// itself, since the ring would hand each to a kernel worker (decision 0003).
     inline_writes: bool,
+    /// What direct I/O demands of memory and of offsets, in bytes (1 without direct I/O).
+    align: (u32, u32),
     /// Inline writes took too long; until this moment (nanoseconds) writes go through the ring.
     slow_until: AtomicU64,
     /// Flushes in flight: they can hold up a write for milliseconds.
@@ -92,14 +95,23 @@ struct OsFile {
 
 impl OsFile {
     fn new(fd: OwnedFd) -> OsFile {
-        let inline_writes = info_os(fd.as_raw_fd())
-            .is_ok_and(|i| i.kind == FileKind::Regular && i.offset_align == 1);
+        let info = info_os(fd.as_raw_fd());
+        let inline_writes =
+            info.as_ref().is_ok_and(|i| i.kind == FileKind::Regular && i.offset_align == 1);
+        let align = info.map_or((1, 1), |i| (i.memory_align, i.offset_align));
         OsFile {
             fd: Arc::new(fd),
             inline_writes,
+            align,
             slow_until: AtomicU64::new(0),
             syncing: AtomicU32::new(0),
         }
+    }
+
+    /// The buffer itself where its memory is aligned well enough, else an aligned one as long.
+    fn aligned(&self, buf: &Buf) -> Option<Buf> {
+        let align = self.align.0 as usize;
+        (align > 1 && !buf.is_aligned(align)).then(|| Buf::new(buf.len().max(align)))
     }
 
     /// Writes on this thread if that is known to be quick; returns the bytes written.
@@ -176,10 +188,23 @@ impl File {
 
     /// Reads all of `buf` from `offset`; what lies past the end of the file is zeros.
     pub async fn read_at(&self, offset: u64, buf: Buf) -> Result<()> {
-        let fd = match &self.0 {
-            Inner::Os(f) => &f.fd,
+        let file = match &self.0 {
+            Inner::Os(f) => f,
             Inner::Sim(d) => return d.read(offset, buf).await,
         };
+        match file.aligned(&buf) {
+            None => Self::read_os(file, offset, buf).await,
+            Some(bounce) => {
+                let part = bounce.slice(0..buf.len());
+                Self::read_os(file, offset, part.clone()).await?;
+                buf.copy_from_buf(0, &part);
+                Ok(())
+            }
+        }
+    }
+
+    async fn read_os(file: &OsFile, offset: u64, buf: Buf) -> Result<()> {
+        let fd = &file.fd;
         let mut at = 0;
         while at < buf.len() {
             let n = (buf.len() - at).min(MAX_TRANSFER) as u32;
@@ -188,16 +213,15 @@ impl File {
                 opcode::Read::new(Fd(fd.as_raw_fd()), p, n).offset(offset + at as u64).build();
             let keep = Keep::File { _fd: fd.clone(), _buf: Some(buf.clone()) };
             let (res, _keep) = Op::submit(entry, keep).await;
-            match res {
-                0 => {
-                    buf.slice(at..buf.len()).fill(0);
-                    return Ok(());
-                }
-                _ if retry(res) => {}
-                _ => {
-                    at += check(res, || format!("read of {n} bytes at {:#x}", offset + at as u64))?
-                        as usize;
-                }
+            if retry(res) {
+                continue;
+            }
+            let got = check(res, || format!("read of {n} bytes at {:#x}", offset + at as u64))?;
+            at += got as usize;
+            // A direct read that stops inside a block has met the end of the file.
+            if got == 0 || got % file.align.1 != 0 {
+                buf.slice(at..buf.len()).fill(0);
+                return Ok(());
             }
         }
         Ok(())
@@ -208,6 +232,13 @@ impl File {
         let file = match &self.0 {
             Inner::Os(f) => f,
             Inner::Sim(d) => return d.write(offset, buf).await,
+        };
+        let buf = match file.aligned(&buf) {
+            None => buf,
+            Some(bounce) => {
+                bounce.copy_from_buf(0, &buf);
+                bounce.slice(0..buf.len())
+            }
         };
         let fd = &file.fd;
         let mut at = file.write_inline(offset, &buf);
@@ -352,7 +383,8 @@ fn open_os(path: &Path, o: OpenOptions) -> Result<OwnedFd> {
     let text = path.display();
     let c = std::ffi::CString::new(path.as_os_str().as_bytes())
         .map_err(|_| Error::invalid(format!("file name {text:?} holds a zero byte")))?;
-    let mut flags = libc::O_CLOEXEC | libc::O_NOCTTY;
+    // Opening a pipe must not wait for somebody at its other end.
+    let mut flags = libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
     flags |= if o.write { libc::O_RDWR } else { libc::O_RDONLY };
     if o.direct {
         flags |= libc::O_DIRECT;
@@ -375,7 +407,12 @@ fn open_os(path: &Path, o: OpenOptions) -> Result<OwnedFd> {
         });
     }
     // SAFETY: the descriptor was just made and nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: fcntl F_GETFL takes no pointers.
+    let now = os(unsafe { libc::fcntl(fd, libc::F_GETFL) }, "fcntl")?;
+    // SAFETY: fcntl F_SETFL takes no pointers.
+    os(unsafe { libc::fcntl(fd, libc::F_SETFL, now & !libc::O_NONBLOCK) }, "fcntl")?;
+    Ok(owned)
 }
 
 fn extent_os(fd: RawFd, offset: u64) -> Result<(bool, u64)> {

@@ -52,7 +52,7 @@ fn files_read_write_zero_extend_lock() {
 fn direct_io_says_what_it_demands() {
     let dir = scratch("direct");
     let path = dir.join("d.img");
-    std::fs::write(&path, vec![3u8; 1 << 20]).unwrap();
+    std::fs::write(&path, vec![3u8; (1 << 20) + 1000]).unwrap();
     Runtime::new(0)
         .unwrap()
         .block_on(async {
@@ -67,6 +67,31 @@ fn direct_io_says_what_it_demands() {
             let b = Buf::new(8192);
             f.read_at(4096, b.clone()).await.unwrap();
             assert_eq!(b.to_vec(), vec![3; 8192]);
+            // The end of the file inside a block, and memory that is not aligned.
+            f.read_at(1 << 20, b.clone()).await.unwrap();
+            assert_eq!(b.slice(0..1000).to_vec(), vec![3; 1000]);
+            assert!(b.slice(1000..8192).is_zero());
+            let odd = Buf::new(9000).slice(1..4097);
+            odd.fill(7);
+            f.write_at(4096, odd.clone()).await.unwrap();
+            odd.fill(0);
+            f.read_at(4096, odd.clone()).await.unwrap();
+            assert_eq!(odd.to_vec(), vec![7; 4096]);
+        })
+        .unwrap();
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn opening_a_pipe_does_not_wait() {
+    let dir = scratch("pipe");
+    let path = dir.join("p");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    Runtime::new(0)
+        .unwrap()
+        .block_on(async {
+            let f = File::open(&path, OpenOptions::default()).await.unwrap();
+            assert_eq!(f.info().await.unwrap_err().kind(), ErrorKind::InvalidInput);
         })
         .unwrap();
     std::fs::remove_dir_all(dir).unwrap();

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use gipfel_base::{ByteRange, Error, Result};
-use gipfel_io::{Buf, EpochPin, File};
+use gipfel_io::{Buf, Entered, EpochPin, File};
 use serde_json::Value;
 
 use crate::child::Child;
@@ -34,6 +34,8 @@ pub enum Mapping<'a> {
         offset: u64,
         /// How many bytes lie there in one piece.
         len: u64,
+        /// Holds back what must not overlap the request while it is in flight.
+        pin: Option<Entered<'a, ()>>,
     },
     /// In this child at `offset`.
     Child {

@@ -35,8 +35,10 @@ macro_rules! level {
                     drop(m);
                     split_read(node, range, buf).await
                 }
-                Mapping::File { file, offset, .. } => {
-                    file.read_at(offset, buf).await.map_err(|e| in_node(node, e))
+                Mapping::File { file, offset, pin, .. } => {
+                    let r = file.read_at(offset, buf).await.map_err(|e| in_node(node, e));
+                    drop(pin);
+                    r
                 }
                 Mapping::Child { child, offset, pin, .. } => {
                     let r = $next_read(child, offset, buf).await;
@@ -63,8 +65,10 @@ macro_rules! level {
                     drop(m);
                     split_write(node, range, buf, flags).await
                 }
-                Mapping::File { file, offset, .. } => {
-                    file.write_at(offset, buf).await.map_err(|e| in_node(node, e))
+                Mapping::File { file, offset, pin, .. } => {
+                    let r = file.write_at(offset, buf).await.map_err(|e| in_node(node, e));
+                    drop(pin);
+                    r
                 }
                 Mapping::Child { child, offset, pin, .. } => {
                     let r = $next_write(child, offset, buf, flags).await;
@@ -109,8 +113,10 @@ pub(crate) async fn write(child: &Child, offset: u64, buf: Buf, flags: WriteFlag
 fn read_piece<'a>(node: &'a Node, m: Mapping<'a>, at: u64, buf: Buf) -> IoFuture<'a> {
     Box::pin(async move {
         match m {
-            Mapping::File { file, offset, .. } => {
-                file.read_at(offset, buf).await.map_err(|e| in_node(node, e))
+            Mapping::File { file, offset, pin, .. } => {
+                let r = file.read_at(offset, buf).await.map_err(|e| in_node(node, e));
+                drop(pin);
+                r
             }
             Mapping::Child { child, offset, pin, .. } => {
                 let r = read_0(child, offset, buf).await;
@@ -135,8 +141,10 @@ fn write_piece<'a>(
 ) -> IoFuture<'a> {
     Box::pin(async move {
         match m {
-            Mapping::File { file, offset, .. } => {
-                file.write_at(offset, buf).await.map_err(|e| in_node(node, e))
+            Mapping::File { file, offset, pin, .. } => {
+                let r = file.write_at(offset, buf).await.map_err(|e| in_node(node, e));
+                drop(pin);
+                r
             }
             Mapping::Child { child, offset, pin, .. } => {
                 let r = write_0(child, offset, buf, flags).await;
