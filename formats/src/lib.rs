@@ -1,1 +1,5 @@
 //! Format drivers: raw and qcow2.
+
+pub mod raw;
+
+pub use raw::RAW;

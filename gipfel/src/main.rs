@@ -2,7 +2,10 @@
 //! tool that it stands for.
 
 mod daemon;
+mod demo;
 mod drivers;
+mod picture;
+mod serve;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -19,6 +22,8 @@ fn cli() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
         .arg_required_else_help(true)
+        .subcommand(Command::new("demo").about("Show live snapshots and filters under load"))
+        .subcommand(serve::command())
         .subcommand(daemon::cli::command("storage-daemon"))
 }
 
@@ -56,6 +61,8 @@ fn main() -> ExitCode {
 
 fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
     match name {
+        "demo" => demo::run()?,
+        "serve" => serve::run(m)?,
         "storage-daemon" => daemon::run(&daemon::cli::config(m)?, || Ok(()))?,
         _ => unreachable!("clap knows the subcommands"),
     }

@@ -258,6 +258,27 @@ impl Graph {
         self.open_node(model, names, options, below).await
     }
 
+    /// The options of the image that a file name means (a path, `file:PATH` or `json:{...}`), and
+    /// whether its format was found by looking at it, because `format` did not say it.
+    pub async fn image_options(
+        self: &Rc<Self>,
+        name: &str,
+        format: Option<&str>,
+    ) -> Result<(Map<String, Value>, bool)> {
+        let protocol = filename::options(name, self.registry.file_protocol)?;
+        let driver = protocol.get("driver").and_then(Value::as_str).unwrap_or_default();
+        if name.starts_with("json:") && self.registry.get(driver)?.kind != Kind::Protocol {
+            return Ok((protocol, false));
+        }
+        if let Some(f) = format {
+            let kind = self.registry.get(f)?.kind;
+            let whole = kind == Kind::Protocol;
+            return Ok((if whole { protocol } else { over(f, protocol) }, false));
+        }
+        let found = self.probe(protocol.clone()).await?;
+        Ok((over(found, protocol), true))
+    }
+
     /// The format of the image that these protocol options describe.
     pub(crate) async fn probe(
         self: &Rc<Self>,

@@ -77,6 +77,8 @@ pub const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
             "jobs",
             "exports",
             "qmp",
+            // For `gipfel demo` alone, which is a client of its own daemon.
+            "testkit",
         ],
     ),
     ("testkit", &["base", "io"]),

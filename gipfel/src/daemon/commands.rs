@@ -134,9 +134,10 @@ fn queries(r: &mut Registry<Rc<Daemon>>) {
 }
 
 fn exports(r: &mut Registry<Rc<Daemon>>) {
-    r.add("nbd-server-start", |d: Rc<Daemon>, a: Args| async move {
-        nbd_server_start(&d, a).await
-    });
+    r.add(
+        "nbd-server-start",
+        |d: Rc<Daemon>, a: Args| async move { nbd_server_start(&d, a).await },
+    );
     r.add("nbd-server-stop", |d: Rc<Daemon>, _: Args| async move { d.exports.stop_nbd().await });
     r.add("nbd-server-add", |d: Rc<Daemon>, mut a: Args| async move {
         let node = a.remove("device").unwrap_or_default();

@@ -6,7 +6,7 @@ use std::rc::{Rc, Weak};
 
 use event_listener::Event;
 use gipfel_io::time::{sleep, timeout, wall_clock};
-use gipfel_qmp::{Schema, Timestamp};
+use gipfel_qmp::{Outgoing, Schema, Timestamp};
 use serde_json::Value;
 
 /// Bytes that wait for a monitor's client at most; one that reads nothing loses its connection.
@@ -17,6 +17,7 @@ const LAST_WORDS: std::time::Duration = std::time::Duration::from_millis(500);
 /// The lines that wait to be sent to one client.
 #[derive(Default)]
 pub struct Outbox {
+    pretty: bool,
     lines: RefCell<VecDeque<String>>,
     bytes: Cell<usize>,
     sending: Cell<bool>,
@@ -26,8 +27,14 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Adds a line.
-    pub fn push(&self, line: String) {
+    /// Nothing to be sent yet; messages will be indented for people if `pretty`.
+    pub fn new(pretty: bool) -> Outbox {
+        Outbox { pretty, ..Outbox::default() }
+    }
+
+    /// Adds a message.
+    pub fn push(&self, message: &Outgoing) {
+        let line = message.text(self.pretty);
         self.bytes.set(self.bytes.get() + line.len());
         self.lines.borrow_mut().push_back(line);
         self.changed.notify(usize::MAX);
@@ -102,8 +109,8 @@ impl Events {
     pub fn emit(&self, name: &str, data: Value) {
         let (seconds, microseconds) = wall_clock();
         let at = Timestamp { seconds: seconds as i64, microseconds };
-        let line = match self.schema.event_line(name, data, at) {
-            Ok(l) => l,
+        let message = match self.schema.event_message(name, data, at) {
+            Ok(m) => m,
             Err(e) => {
                 eprintln!("gipfel: {e}");
                 return;
@@ -113,10 +120,10 @@ impl Events {
             if !b.negotiated.get() || b.closed.get() {
                 continue;
             }
-            if b.bytes.get() + line.len() > MAX_QUEUED {
+            if b.bytes.get() > MAX_QUEUED {
                 b.close();
             } else {
-                b.push(line.clone());
+                b.push(&message);
             }
         }
     }

@@ -6,7 +6,7 @@ pub mod cli;
 mod commands;
 mod events;
 mod monitor;
-mod objects;
+pub mod objects;
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -198,8 +198,10 @@ pub fn run(config: &Config, ready: impl FnOnce() -> Result<()>) -> Result<()> {
         for s in &config.setup {
             if let Err(e) = daemon.set_up(s).await {
                 // What was set up before is written back as at any other end.
-                let closed = daemon.close().await;
-                return Err(closed.map_or_else(|c| e.clone().context(c.to_string()), |()| e));
+                return match daemon.close().await {
+                    Ok(()) => Err(e),
+                    Err(c) => Err(e.context(format!("at the end: {c}"))),
+                };
             }
         }
         let pidfile = config.pidfile.as_deref().map(PidFile::write).transpose()?;

@@ -15,10 +15,10 @@ const RECEIVE: usize = 16 << 10;
 
 /// Serves one client to its end.
 pub async fn serve(daemon: Rc<Daemon>, stream: Stream, pretty: bool) {
-    let outbox = Rc::new(Outbox::default());
+    let outbox = Rc::new(Outbox::new(pretty));
     daemon.events.add(&outbox);
-    outbox.push(Session::greeting(&version()));
-    let writer = spawn_local(write(stream.clone(), outbox.clone(), pretty));
+    outbox.push(&Session::greeting(&version()));
+    let writer = spawn_local(write(stream.clone(), outbox.clone()));
     let read = read(&daemon, &stream, &outbox).await;
     // The client is told what its last commands came to, unless it is gone.
     outbox.close();
@@ -27,10 +27,9 @@ pub async fn serve(daemon: Rc<Daemon>, stream: Stream, pretty: bool) {
     drop(read);
 }
 
-async fn write(stream: Stream, outbox: Rc<Outbox>, pretty: bool) {
+async fn write(stream: Stream, outbox: Rc<Outbox>) {
     let mut message = Message::new();
     while let Some(line) = outbox.next().await {
-        let line = if pretty { prettify(&line) } else { line };
         message.push(Buf::from_slice(line.as_bytes()));
         let sent: Result<()>;
         (sent, message) = stream.send(message).await;
@@ -42,20 +41,14 @@ async fn write(stream: Stream, outbox: Rc<Outbox>, pretty: bool) {
     }
 }
 
-fn prettify(line: &str) -> String {
-    let value: Option<serde_json::Value> = serde_json::from_str(line).ok();
-    let text = value.and_then(|v| serde_json::to_string_pretty(&v).ok());
-    text.map_or_else(|| line.to_owned(), |t| t + "\n")
-}
-
 async fn read(daemon: &Rc<Daemon>, stream: &Stream, outbox: &Rc<Outbox>) -> Result<()> {
     let mut session = Session::new(daemon.schema);
     let buf = Buf::new(RECEIVE);
     loop {
         let n = stream.recv(buf.clone()).await?;
         if n == 0 {
-            if let Some(Incoming::Answer(line)) = session.finish() {
-                outbox.push(line);
+            if let Some(Incoming::Answer(answer)) = session.finish() {
+                outbox.push(&answer);
             }
             return Ok(());
         }
@@ -63,16 +56,16 @@ async fn read(daemon: &Rc<Daemon>, stream: &Stream, outbox: &Rc<Outbox>) -> Resu
         let mut rest = &bytes[..];
         while let Some(incoming) = session.push(&mut rest) {
             match incoming {
-                Incoming::Answer(line) => {
-                    outbox.push(line);
+                Incoming::Answer(answer) => {
+                    outbox.push(&answer);
                     if session.negotiated() {
                         outbox.set_negotiated();
                     }
                 }
                 Incoming::Command(mut request) => {
                     let result = daemon.commands.run(daemon.clone(), &mut request).await;
-                    if let Some(line) = request.reply(daemon.schema, &result) {
-                        outbox.push(line);
+                    if let Some(answer) = request.reply(daemon.schema, result) {
+                        outbox.push(&answer);
                     }
                 }
             }
