@@ -1,5 +1,6 @@
 //! Format drivers: raw and qcow2.
 
+pub mod qcow2;
 pub mod raw;
 
 pub use raw::RAW;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::check::{CheckArgs, CheckReport};
 use crate::child::Child;
 use crate::driver::{Driver, IoFuture};
 use crate::perm::{Binding, Role};
@@ -114,4 +115,6 @@ pub struct DriverDef {
     pub create: Option<fn(CreateArgs) -> IoFuture<'static>>,
     /// How sure (0 to 100) the driver is that an image that begins with these bytes is its own.
     pub probe: Option<fn(&[u8]) -> u8>,
+    /// Checks an image's metadata without opening it as a node.
+    pub check: Option<fn(CheckArgs) -> IoFuture<'static, CheckReport>>,
 }

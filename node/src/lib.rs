@@ -7,6 +7,7 @@
 //!
 //! This crate knows no concrete driver, no graph, no client.
 
+pub mod check;
 pub mod child;
 pub mod def;
 pub mod driver;
@@ -15,6 +16,7 @@ pub mod perm;
 mod runner;
 pub mod status;
 
+pub use check::{CheckArgs, CheckReport, Fix};
 pub use child::Child;
 pub use def::{
     ChildSpec, Common, CreateArgs, Discard, DriverDef, Implicit, Kind, OpenArgs, Opened,

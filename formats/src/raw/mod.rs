@@ -28,6 +28,7 @@ pub static RAW: DriverDef = DriverDef {
     create: Some(|args| Box::pin(create(args))),
     // Any bytes are a raw image, but every other format is surer of its own.
     probe: Some(|_| 1),
+    check: None,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]

@@ -85,6 +85,7 @@ static MEMORY: DriverDef = DriverDef {
     open: open_memory,
     create: None,
     probe: None,
+    check: None,
 };
 
 /// Blocks of its own over a backing child; the `file` child holds nothing but gives the size.
@@ -165,6 +166,7 @@ static OVERLAY: DriverDef = DriverDef {
     open: open_overlay,
     create: None,
     probe: None,
+    check: None,
 };
 
 /// Passes everything on.
@@ -219,6 +221,7 @@ static PASS: DriverDef = DriverDef {
     open: open_pass,
     create: None,
     probe: None,
+    check: None,
 };
 
 fn make_pass(child: Arc<Child>) -> Box<dyn Driver> {

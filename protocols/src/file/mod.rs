@@ -36,6 +36,7 @@ pub static FILE: DriverDef = DriverDef {
     open: |args| Box::pin(open(args)),
     create: Some(|args| Box::pin(create::create(args))),
     probe: None,
+    check: None,
 };
 
 /// An open file.

@@ -27,6 +27,7 @@ const fn def(name: &'static str) -> DriverDef {
         open: |args| Box::pin(async move { open(args) }),
         create: None,
         probe: None,
+        check: None,
     }
 }
 
