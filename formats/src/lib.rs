@@ -3,4 +3,5 @@
 pub mod qcow2;
 pub mod raw;
 
+pub use qcow2::QCOW2;
 pub use raw::RAW;

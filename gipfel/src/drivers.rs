@@ -6,11 +6,12 @@ use gipfel_node::DriverDef;
 use crate::daemon::objects::Objects;
 
 /// All drivers.
-const DRIVERS: [&DriverDef; 4] = [
+const DRIVERS: [&DriverDef; 5] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
+    &gipfel_formats::QCOW2,
 ];
 
 /// The registry of a process whose objects are these.

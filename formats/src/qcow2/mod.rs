@@ -1,5 +1,226 @@
 //! Format `qcow2`, versions 2 and 3 (qcow2 spec; BlockdevOptionsQcow2 of the QMP reference).
+//!
+//! Requests for clusters that are there are only mapped ([`lookup`]): no lock, no wait, whatever
+//! thread they come from. What needs work goes through [`read`], [`write`] and [`zero`]. Tables are
+//! changed in memory and written by [`flush`] in the order that keeps the image right at any
+//! moment: refcounts and data, then the refcount table, then the entries that rely on them.
+//!
+//! Who may change what:
+//! - an L2 entry: whoever holds its guest cluster in `guests`;
+//! - an L1 entry: whoever holds its index in `tables`;
+//! - refcounts: under the lock of `refcounts`, for an instant.
 
+mod alloc;
+mod cache;
+mod create;
 pub mod entry;
+mod flush;
 pub mod geometry;
 pub mod header;
+mod info;
+mod l1;
+mod load;
+mod lookup;
+mod open;
+mod options;
+mod read;
+mod refcounts;
+mod write;
+mod zero;
+
+use std::sync::Arc;
+
+use gipfel_base::sync::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use gipfel_base::sync::sync::{Mutex, MutexGuard, PoisonError};
+use gipfel_base::{ByteRange, Error};
+use gipfel_io::{Buf, Epoch, RangeLock};
+use gipfel_node::{
+    Ability, Access, Binding, Child, ChildSpec, Driver, DriverDef, DriverInfo, IoFuture, Kind,
+    Limits, Mapping, Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+};
+use serde_json::Value;
+
+use cache::TableCache;
+use geometry::Geometry;
+use header::Header;
+use l1::L1;
+use options::Options;
+use refcounts::Refcounts;
+
+/// The format `qcow2`.
+pub static QCOW2: DriverDef = DriverDef {
+    name: "qcow2",
+    kind: Kind::Format,
+    children: &[
+        ChildSpec { name: "file", role: Role::Image, binding: Binding::Position, required: true },
+        ChildSpec {
+            name: "backing",
+            role: Role::Backing,
+            binding: Binding::Content,
+            required: false,
+        },
+    ],
+    open: |args| Box::pin(open::open(args)),
+    create: Some(|args| Box::pin(create::create(args))),
+    probe: Some(probe),
+    check: None,
+};
+
+fn probe(first: &[u8]) -> u8 {
+    if first.starts_with(&header::MAGIC) && first.get(4..8).is_some_and(|v| v < &[0, 0, 0, 4]) {
+        100
+    } else {
+        0
+    }
+}
+
+/// What can change with a reopen.
+struct Flags {
+    /// Discards give space back.
+    unmap: AtomicBool,
+    /// They are also handed down.
+    pass_discard: AtomicBool,
+}
+
+/// An open image.
+struct Qcow2 {
+    name: String,
+    /// `file`, `backing`.
+    children: [Arc<Child>; 2],
+    g: Geometry,
+    version: u32,
+    size: AtomicU64,
+    /// The file reaches at least this far, in bytes. Entries may refer to more: that reads as
+    /// zeros.
+    file_end: AtomicU64,
+    options: Options,
+    /// As it is on disk.
+    header: Mutex<Header>,
+    flags: Arc<Flags>,
+    /// Why the image must not be written, if it must not.
+    damage: Option<String>,
+    /// What is done once before the first write has been done.
+    activated: AtomicBool,
+    l1: L1,
+    l2: TableCache,
+    refcounts: Mutex<Refcounts>,
+    /// Slices of refcounts; places in it are reserved under the lock of `refcounts` only.
+    refcount_slices: TableCache,
+    /// Requests in flight to host clusters that they looked up.
+    epoch: Epoch,
+    /// Guest bytes whose L2 entries are being changed.
+    guests: RangeLock,
+    /// L1 entries that are being changed.
+    tables: RangeLock,
+    /// L2 slices that are being read.
+    l2_loads: RangeLock,
+    /// Refcount slices that are being read or made.
+    refcount_loads: RangeLock,
+    flushing: flush::Flushing,
+}
+
+impl Qcow2 {
+    fn file(&self) -> &Child {
+        &self.children[0]
+    }
+
+    fn backing(&self) -> &Child {
+        &self.children[1]
+    }
+
+    fn refcounts(&self) -> MutexGuard<'_, Refcounts> {
+        self.refcounts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn header(&self) -> MutexGuard<'_, Header> {
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unmaps(&self) -> bool {
+        self.flags.unmap.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the disk that one L2 slice stands for.
+    fn slice_reach(&self) -> u64 {
+        (self.l2.words() as u64) << self.g.cluster_bits
+    }
+
+    fn corrupt(&self, what: impl std::fmt::Display) -> Error {
+        Error::corrupt(format!("{what}; run 'qemu-img check -r all' on the image"))
+            .context(format!("qcow2 node '{}'", self.name))
+    }
+}
+
+impl Driver for Qcow2 {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn children(&self) -> &[Arc<Child>] {
+        &self.children
+    }
+
+    fn map(&self, access: Access, range: ByteRange) -> Mapping<'_> {
+        match access {
+            Access::Read => self.map_read(range),
+            Access::Write => self.map_write(range),
+        }
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a> {
+        Box::pin(self.read_clusters(offset, buf))
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buf, _: WriteFlags) -> IoFuture<'a> {
+        Box::pin(self.write_clusters(offset, buf))
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
+        Box::pin(self.zero_range(range, flags))
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> IoFuture<'a> {
+        Box::pin(self.discard_range(range))
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(self.flush_all())
+    }
+
+    fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
+        Box::pin(self.range_status(range))
+    }
+
+    fn reads_zero_when_new(&self) -> bool {
+        // With a backing image the range of a larger disk would show it.
+        self.backing().try_enter().is_some_and(|b| b.is_none())
+    }
+
+    fn zero_ability(&self) -> Ability {
+        if self.version >= 3 { Ability::Native } else { Ability::Emulated }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { align: 1, preferred: self.g.cluster_size() as u32 }
+    }
+
+    fn set_perms<'a>(&'a self, perms: Perms) -> IoFuture<'a> {
+        Box::pin(async move { if perms.writes() { self.activate().await } else { Ok(()) } })
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(self.grow_to(size))
+    }
+
+    fn reopen<'a>(&'a self, options: Value, _: bool) -> IoFuture<'a, Box<dyn Reopen>> {
+        Box::pin(async move { self.prepare_reopen(options) })
+    }
+
+    fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
+        Box::pin(async move { Ok(self.facts()) })
+    }
+
+    fn close<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(self.close_image())
+    }
+}

@@ -55,18 +55,18 @@ impl Outbox {
     pub async fn next(&self) -> Option<String> {
         self.sending.set(false);
         loop {
-            let l = self.changed.listen();
-            if let Some(line) = self.lines.borrow_mut().pop_front() {
+            let next = self.lines.borrow_mut().pop_front();
+            // Others wait for room or for an empty box; this comes before it waits itself.
+            self.changed.notify(usize::MAX);
+            if let Some(line) = next {
                 self.bytes.set(self.bytes.get() - line.len());
                 self.sending.set(true);
-                self.changed.notify(usize::MAX);
                 return Some(line);
             }
-            self.changed.notify(usize::MAX);
             if self.closed.get() {
                 return None;
             }
-            l.await;
+            self.changed.listen().await;
         }
     }
 

@@ -1,0 +1,300 @@
+//! Making an image (BlockdevCreateOptionsQcow2 of the QMP reference).
+//!
+//! A new image is header, refcount table, refcount blocks and an L1 table, one after the other;
+//! the header is written last, so that a half-made image is none.
+
+use std::sync::Arc;
+
+use gipfel_base::{ByteRange, Error, ErrorKind, Result};
+use gipfel_io::Buf;
+use gipfel_node::{Child, CreateArgs, WriteFlags, ZeroFlags};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
+use super::header::{COMPRESSION, Compression, Header, LAZY_REFCOUNTS};
+
+/// Zeros are written in pieces of this size, in bytes.
+const PIECE: u64 = 1 << 20;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Options {
+    size: u64,
+    version: Option<String>,
+    backing_file: Option<String>,
+    backing_fmt: Option<String>,
+    #[serde(default = "default_cluster")]
+    cluster_size: u64,
+    #[serde(default = "default_refcount")]
+    refcount_bits: u64,
+    #[serde(default)]
+    lazy_refcounts: bool,
+    compression_type: Option<String>,
+    preallocation: Option<String>,
+    #[serde(default)]
+    extended_l2: bool,
+    #[serde(default)]
+    data_file_raw: bool,
+    encrypt: Option<Value>,
+}
+
+fn default_cluster() -> u64 {
+    65536
+}
+
+fn default_refcount() -> u64 {
+    16
+}
+
+/// Where the parts of a new image lie, in clusters.
+#[derive(Debug, PartialEq, Eq)]
+struct Layout {
+    reftable: u64,
+    blocks: u64,
+    l1: u64,
+}
+
+impl Layout {
+    /// The smallest layout for `l1_entries`.
+    fn new(g: Geometry, l1_entries: u64) -> Layout {
+        let l1 = g.clusters(l1_entries * 8);
+        let mut l = Layout { reftable: 1, blocks: 1, l1 };
+        loop {
+            let blocks = l.total().div_ceil(g.block_entries());
+            let reftable = g.clusters(blocks * 8);
+            if (l.blocks, l.reftable) == (blocks, reftable) {
+                return l;
+            }
+            (l.blocks, l.reftable) = (blocks, reftable);
+        }
+    }
+
+    /// All clusters, the header's included.
+    fn total(&self) -> u64 {
+        1 + self.reftable + self.blocks + self.l1
+    }
+}
+
+impl Options {
+    fn geometry(&self) -> Result<Geometry> {
+        let bits = self.cluster_size.trailing_zeros();
+        if !self.cluster_size.is_power_of_two()
+            || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits)
+        {
+            return Err(Error::invalid(format!(
+                "cluster size {} must be a power of two from {} to {}",
+                self.cluster_size,
+                1 << MIN_CLUSTER_BITS,
+                1 << MAX_CLUSTER_BITS
+            )));
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return Err(Error::invalid(format!(
+                "refcount width {} must be a power of two from 1 to 64 bits",
+                self.refcount_bits
+            )));
+        }
+        let refcount_order = self.refcount_bits.trailing_zeros();
+        Ok(Geometry { cluster_bits: bits, refcount_order })
+    }
+
+    fn check(&self, g: Geometry) -> Result<u32> {
+        let version = match self.version.as_deref() {
+            None | Some("v3") => 3,
+            Some("v2") => 2,
+            Some(v) => {
+                return Err(Error::invalid(format!("version '{v}' must be 'v2' or 'v3'")));
+            }
+        };
+        let refuse = |what: &str, set: bool| match set {
+            true => {
+                Err(Error::unsupported(format!("{what} is not offered by this version of gipfel")))
+            }
+            false => Ok(()),
+        };
+        refuse("option 'extended-l2'", self.extended_l2)?;
+        refuse("option 'data-file-raw'", self.data_file_raw)?;
+        refuse("option 'encrypt'", self.encrypt.is_some())?;
+        if !self.size.is_multiple_of(512) {
+            return Err(Error::invalid(format!("size {} is not a multiple of 512", self.size)));
+        }
+        if version == 2 {
+            let needs_v3 = [
+                ("lazy refcounts", self.lazy_refcounts),
+                ("a refcount width other than 16", g.refcount_order != 4),
+                ("another compression than zlib", self.compression()? != Compression::Zlib),
+            ];
+            if let Some((what, _)) = needs_v3.iter().find(|n| n.1) {
+                return Err(Error::invalid(format!("{what} needs version v3 (compat=1.1)")));
+            }
+        }
+        if self.backing_fmt.is_some() && self.backing_file.is_none() {
+            return Err(Error::invalid("'backing-fmt' is given without 'backing-file'"));
+        }
+        if self.backing_file.is_some() && self.preallocation()? != Preallocation::Off {
+            return Err(Error::invalid(
+                "a preallocated image would hide its backing file: leave one of them out",
+            ));
+        }
+        g.check_size(self.size)?;
+        Ok(version)
+    }
+
+    fn compression(&self) -> Result<Compression> {
+        match self.compression_type.as_deref() {
+            None | Some("zlib") => Ok(Compression::Zlib),
+            Some("zstd") => Ok(Compression::Zstd),
+            Some(c) => Err(Error::invalid(format!("compression '{c}' must be 'zlib' or 'zstd'"))),
+        }
+    }
+
+    fn preallocation(&self) -> Result<Preallocation> {
+        match self.preallocation.as_deref() {
+            None | Some("off") => Ok(Preallocation::Off),
+            Some("metadata") => Ok(Preallocation::Metadata),
+            Some("falloc") => Ok(Preallocation::Falloc),
+            Some("full") => Ok(Preallocation::Full),
+            Some(p) => Err(Error::invalid(format!(
+                "preallocation '{p}' must be 'off', 'metadata', 'falloc' or 'full'"
+            ))),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Preallocation {
+    Off,
+    /// Every guest cluster has its host cluster.
+    Metadata,
+    /// And that has its space reserved.
+    Falloc,
+    /// And zeros written to it.
+    Full,
+}
+
+pub(super) async fn create(args: CreateArgs) -> Result<()> {
+    let o: Options = serde_json::from_value(args.options)
+        .map_err(|e| Error::invalid(format!("options to create a qcow2 image: {e}")))?;
+    let g = o.geometry()?;
+    let version = o.check(g)?;
+    let mut file = None;
+    for (name, child) in args.children {
+        match name.as_str() {
+            "file" => file = Some(child),
+            _ => {
+                return Err(Error::unsupported(format!(
+                    "'{name}' is not offered by this version of gipfel"
+                )));
+            }
+        }
+    }
+    let file = file.ok_or_else(|| Error::invalid("option 'file' is missing"))?;
+    let prealloc = o.preallocation()?;
+    let compression = o.compression()?;
+    let l1_entries = g.l1_entries(o.size);
+    let layout = Layout::new(g, l1_entries);
+    let at = |cluster: u64| cluster << g.cluster_bits;
+    let header = Header {
+        version,
+        geometry: g,
+        size: o.size,
+        l1_size: l1_entries as u32,
+        l1_offset: at(1 + layout.reftable + layout.blocks),
+        reftable_offset: at(1),
+        reftable_clusters: layout.reftable as u32,
+        snapshots: 0,
+        snapshots_offset: 0,
+        incompatible: if compression == Compression::Zstd { COMPRESSION } else { 0 },
+        compatible: if o.lazy_refcounts { LAZY_REFCOUNTS } else { 0 },
+        autoclear: 0,
+        compression,
+        backing: o.backing_file,
+        backing_format: o.backing_fmt,
+        extensions: Vec::new(),
+        unknown_fields: Vec::new(),
+    };
+    let first = header.encode()?;
+    write_tables(&file, g, &layout).await?;
+    file.flush().await?;
+    file.write(0, Buf::from_slice(&first), WriteFlags::default()).await?;
+    file.flush().await?;
+    match prealloc {
+        Preallocation::Off => Ok(()),
+        p => preallocate(file, o.size, p).await,
+    }
+}
+
+/// Empties the file and writes all but the header.
+async fn write_tables(file: &Arc<Child>, g: Geometry, layout: &Layout) -> Result<()> {
+    let none = || Error::new(ErrorKind::NoMedium, "'file' has no node");
+    let node = file.node().await.ok_or_else(none)?;
+    let total = layout.total() << g.cluster_bits;
+    node.driver().resize(0).await?;
+    node.driver().resize(total).await?;
+    if !node.driver().reads_zero_when_new() {
+        file.write_zeroes(ByteRange::new(0, total), ZeroFlags::default()).await?;
+    }
+    let blocks_at = 1 + layout.reftable;
+    let offsets: Vec<u8> = (0..layout.blocks)
+        .flat_map(|b| ((blocks_at + b) << g.cluster_bits).to_be_bytes())
+        .collect();
+    file.write(g.cluster_size(), Buf::from_slice(&offsets), WriteFlags::default()).await?;
+    for b in 0..layout.blocks {
+        let mut block = vec![0; g.cluster_size() as usize];
+        let used = layout.total() - b * g.block_entries();
+        for i in 0..used.min(g.block_entries()) {
+            g.set_refcount(&mut block, i, 1);
+        }
+        let at = (blocks_at + b) << g.cluster_bits;
+        file.write(at, Buf::from_slice(&block), WriteFlags::default()).await?;
+    }
+    Ok(())
+}
+
+/// Gives every guest cluster of the new image its host cluster.
+async fn preallocate(file: Arc<Child>, size: u64, how: Preallocation) -> Result<()> {
+    let image = super::open::open_new(file.clone()).await?;
+    let mut left = ByteRange::new(0, size);
+    while !left.is_empty() {
+        let (n, host) = image.preallocate(left).await?;
+        match how {
+            Preallocation::Falloc => {
+                file.write_zeroes(host, ZeroFlags::default()).await?;
+            }
+            Preallocation::Full => {
+                let mut rest = host;
+                while !rest.is_empty() {
+                    let part = rest.take(PIECE);
+                    let zeros = Buf::zeroed(part.len() as usize);
+                    file.write(part.start(), zeros, WriteFlags::default()).await?;
+                    rest = rest.skip(PIECE);
+                }
+            }
+            Preallocation::Off | Preallocation::Metadata => {}
+        }
+        left = left.skip(n);
+    }
+    // The file reaches to the end of the last cluster, as entries say.
+    image.reach_end().await?;
+    image.close_image().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_count_themselves() {
+        let g = Geometry { cluster_bits: 16, refcount_order: 4 };
+        assert_eq!(Layout::new(g, 2), Layout { reftable: 1, blocks: 1, l1: 1 });
+        for (cluster_bits, refcount_order, entries) in
+            [(9, 6, 4 << 20), (9, 0, 100_000), (21, 6, 1)]
+        {
+            let g = Geometry { cluster_bits, refcount_order };
+            let l = Layout::new(g, entries);
+            assert!(l.blocks * g.block_entries() >= l.total());
+            assert!(l.reftable * g.l2_entries() >= l.blocks);
+        }
+    }
+}

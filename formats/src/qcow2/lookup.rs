@@ -1,0 +1,198 @@
+//! Where guest bytes lie, from the cached tables: the whole of a plain request's way through this
+//! driver. It never waits, and takes no lock but the L1 table's, shared, where nothing is cached.
+
+use gipfel_base::ByteRange;
+use gipfel_base::sync::sync::atomic::Ordering;
+use gipfel_node::Mapping;
+
+use super::Qcow2;
+use super::entry::Cluster;
+
+/// What the first bytes of a range are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    /// Plain data at this host byte; may be overwritten in place if `copied`.
+    Data { host: u64, copied: bool },
+    /// They read as zeros.
+    Zero,
+    /// The backing image decides.
+    Unallocated,
+    /// Part of a compressed cluster, whose stream lies there.
+    Compressed { host: u64, len: u64 },
+    /// The slice of entries must be read first.
+    Uncached,
+    /// The slice holds entries that contradict the image: look closely.
+    Suspect,
+    /// This entry contradicts the image.
+    Bad { entry: u64 },
+}
+
+/// Bytes of one kind, in one piece.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    pub(super) what: What,
+    pub(super) len: u64,
+}
+
+impl What {
+    /// Whether `next` goes on where `len` bytes of this end.
+    fn goes_on(self, len: u64, next: What) -> bool {
+        match (self, next) {
+            (What::Data { host, copied }, What::Data { host: h, copied: c }) => {
+                copied == c && h == host + len
+            }
+            (What::Compressed { .. } | What::Bad { .. }, _) => false,
+            (a, b) => a == b,
+        }
+    }
+}
+
+impl Qcow2 {
+    /// The number of the L2 slice for a guest offset, and the place of its entry there.
+    pub(super) fn slice_of(&self, guest: u64) -> (u64, usize) {
+        let cluster = guest >> self.g.cluster_bits;
+        let words = self.l2.words() as u64;
+        (cluster / words, (cluster % words) as usize)
+    }
+
+    /// What the first bytes of `range` are. With `closely`, entries of suspect slices are checked
+    /// one by one; that takes a lock.
+    pub(super) fn lookup(&self, range: ByteRange, closely: bool) -> Run {
+        let mut run = self.lookup_slice(range, closely);
+        while run.len < range.len() {
+            let next = self.lookup_slice(range.skip(run.len), closely);
+            if !run.what.goes_on(run.len, next.what) {
+                break;
+            }
+            run.len += next.len;
+        }
+        run
+    }
+
+    /// The same within one slice.
+    fn lookup_slice(&self, range: ByteRange, closely: bool) -> Run {
+        let (slice, first) = self.slice_of(range.start());
+        let reach = self.slice_reach();
+        let whole = |what| Run { what, len: range.len().min(reach - range.start() % reach) };
+        let Some(found) = self.l2.get(slice) else {
+            let reach = self.g.l1_reach();
+            let index = range.start() / reach;
+            return match self.l1.get(index) {
+                None => Run {
+                    what: What::Unallocated,
+                    len: range.len().min(reach - range.start() % reach),
+                },
+                Some(_) => whole(What::Uncached),
+            };
+        };
+        let suspect = found.is_suspect();
+        if suspect && !closely {
+            return whole(What::Suspect);
+        }
+        let kind = |index: usize, skip: u64| {
+            let entry = found.word(index)?;
+            let cluster = Cluster::decode(entry, self.g, self.version);
+            if cluster == Cluster::Bad || suspect && !self.is_plausible(cluster) {
+                return Some(What::Bad { entry });
+            }
+            Some(match cluster {
+                Cluster::Data { host, copied } => What::Data { host: host + skip, copied },
+                Cluster::Zero { .. } => What::Zero,
+                Cluster::Compressed { host, len } => What::Compressed { host, len },
+                Cluster::Unallocated | Cluster::Bad => What::Unallocated,
+            })
+        };
+        let skip = self.g.in_cluster(range.start());
+        let Some(what) = kind(first, skip) else { return whole(What::Uncached) };
+        let mut run = Run { what, len: self.g.cluster_size() - skip };
+        let mut index = first + 1;
+        while run.len < range.len() && index < self.l2.words() {
+            match kind(index, 0) {
+                Some(next) if what.goes_on(run.len, next) => run.len += self.g.cluster_size(),
+                _ => break,
+            }
+            index += 1;
+        }
+        Run { what, len: run.len.min(range.len()) }
+    }
+
+    /// Where to read `range`.
+    pub(super) fn map_read(&self, range: ByteRange) -> Mapping<'_> {
+        // Before the look-up: what is found is not given to others while this is held.
+        let pin = self.epoch.pin();
+        let run = self.lookup(range, false);
+        match run.what {
+            What::Data { host, .. } if host + run.len <= self.file_end.load(Ordering::Acquire) => {
+                Mapping::Child { child: self.file(), offset: host, len: run.len, pin: Some(pin) }
+            }
+            What::Zero => Mapping::Zero { len: run.len },
+            What::Unallocated => self.map_backing(range.take(run.len)),
+            _ => Mapping::Work { len: run.len },
+        }
+    }
+
+    fn map_backing(&self, range: ByteRange) -> Mapping<'_> {
+        let Some(backing) = self.backing().try_enter() else {
+            return Mapping::Work { len: range.len() };
+        };
+        let end = backing.as_ref().map_or(0, |n| n.size());
+        if range.start() >= end {
+            return Mapping::Zero { len: range.len() };
+        }
+        Mapping::Child {
+            child: self.backing(),
+            offset: range.start(),
+            len: range.len().min(end - range.start()),
+            pin: None,
+        }
+    }
+
+    /// Where to write `range`, if that can be done in place.
+    pub(super) fn map_write(&self, range: ByteRange) -> Mapping<'_> {
+        let pin = self.epoch.pin();
+        let mut run = self.lookup(range, false);
+        let in_place = |r: Run| matches!(r.what, What::Data { copied: true, .. });
+        if let What::Data { host, copied: true } = run.what {
+            return Mapping::Child {
+                child: self.file(),
+                offset: host,
+                len: run.len,
+                pin: Some(pin),
+            };
+        }
+        // What needs work is not cut into pieces by its kind.
+        while run.len < range.len() {
+            let next = self.lookup(range.skip(run.len), false);
+            if in_place(next) {
+                break;
+            }
+            run.len += next.len;
+        }
+        Mapping::Work { len: run.len }
+    }
+
+    /// Whether what an entry of a suspect slice says can be true.
+    fn is_plausible(&self, cluster: Cluster) -> bool {
+        let end = self.file().try_enter().and_then(|n| n.as_ref().map(|n| n.size()));
+        // While the edge is being changed nothing is known of the file.
+        let Some(end) = end else { return true };
+        self.check_cluster(cluster, end, &self.refcounts().meta)
+    }
+
+    /// Whether what an entry says can be true in a file of `end` bytes.
+    pub(super) fn check_cluster(
+        &self,
+        cluster: Cluster,
+        end: u64,
+        meta: &std::collections::HashSet<u64>,
+    ) -> bool {
+        let clear = |host: u64| host < end && !meta.contains(&(host >> self.g.cluster_bits));
+        match cluster {
+            Cluster::Bad => false,
+            Cluster::Unallocated | Cluster::Zero { host: None } => true,
+            Cluster::Zero { host: Some((host, _)) } | Cluster::Data { host, .. } => clear(host),
+            // The last sector of a stream may be cut short by the end of the file.
+            Cluster::Compressed { host, len } => clear(host) && clear((host + len - 512).max(host)),
+        }
+    }
+}

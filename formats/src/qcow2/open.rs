@@ -1,0 +1,219 @@
+//! Opening an image: header, L1 table, refcount table, and what is done once before the first
+//! write.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use gipfel_base::sync::sync::Mutex;
+use gipfel_base::sync::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_io::{Buf, Epoch, RangeLock};
+use gipfel_node::{Child, Discard, Implicit, OpenArgs, Opened, WriteFlags};
+
+use super::cache::TableCache;
+use super::entry::OFFSET_MASK;
+use super::geometry::Geometry;
+use super::header::{self, CORRUPT, DIRTY, Header};
+use super::l1::L1;
+use super::load::words;
+use super::options::Options;
+use super::refcounts::Refcounts;
+use super::{Flags, Qcow2, flush};
+
+/// Where the autoclear features stand in the header.
+const AUTOCLEAR_FIELD: u64 = 88;
+/// Bits 9 to 63 of an entry of the refcount table.
+const REFTABLE_MASK: u64 = !511;
+
+/// Reads the header of the image below `file`.
+pub(super) async fn read_header(file: &Child) -> Result<Header> {
+    let size = file.size().await?;
+    let first = Buf::new(size.min(512) as usize);
+    file.read(0, first.clone()).await?;
+    let cluster = header::cluster_size(&first.to_vec())?;
+    let whole = Buf::new(size.min(cluster) as usize);
+    file.read(0, whole.clone()).await?;
+    Header::parse(&whole.to_vec())
+}
+
+pub(super) async fn open(args: OpenArgs) -> Result<Opened> {
+    let options = Options::parse(args.options)?;
+    let children = <[Arc<Child>; 2]>::try_from(args.children)
+        .map_err(|_| Error::invalid("format 'qcow2' has two children, 'file' and 'backing'"))?;
+    let unmap = args.common.discard == Discard::Unmap;
+    let driver = image(args.node_name, children, options, unmap).await?;
+    let (name, format) = {
+        let h = driver.header();
+        (h.backing.clone(), h.backing_format.clone())
+    };
+    let backing = name.map(|filename| Implicit { child: "backing", filename, format });
+    Ok(Opened { driver: Box::new(driver), implicit: backing.into_iter().collect() })
+}
+
+/// Opens an image that was just created, without a backing image.
+pub(super) async fn open_new(file: Arc<Child>) -> Result<Qcow2> {
+    let children = [file, Child::new("new.backing", None)];
+    image("new".into(), children, Options::default(), false).await
+}
+
+async fn image(
+    name: String,
+    children: [Arc<Child>; 2],
+    options: Options,
+    unmap: bool,
+) -> Result<Qcow2> {
+    let file = &children[0];
+    let header = read_header(file).await?;
+    header.check_offered()?;
+    let g = header.geometry;
+    let caches = options.caches(g, header.size)?;
+    let end = file.size().await?;
+    let l1 = table(file, header.l1_offset, u64::from(header.l1_size), end, "L1 table").await?;
+    let entries = u64::from(header.reftable_clusters) * g.l2_entries();
+    let reftable = table(file, header.reftable_offset, entries, end, "refcount table").await?;
+    let mut layout = Layout { g, end, meta: HashSet::new(), damage: None };
+    let reftable = layout.read(&header, &l1, reftable);
+    if header.incompatible & CORRUPT != 0 {
+        layout.damage("the image says of itself that it is corrupt".into());
+    }
+    if header.incompatible & DIRTY != 0 {
+        layout.damage("the image was not closed properly, its refcounts may be wrong".into());
+    }
+    let per_slice = (caches.refcount_slice * 8) >> g.refcount_order;
+    let mut refcounts = Refcounts::new(g, per_slice, reftable, g.clusters(end));
+    refcounts.meta = layout.meta;
+    Ok(Qcow2 {
+        name,
+        children,
+        g,
+        version: header.version,
+        size: AtomicU64::new(header.size),
+        file_end: AtomicU64::new(end),
+        header: Mutex::new(header),
+        flags: Arc::new(Flags {
+            unmap: AtomicBool::new(unmap),
+            pass_discard: AtomicBool::new(options.pass_discard_request.unwrap_or(unmap)),
+        }),
+        options,
+        damage: layout.damage,
+        activated: AtomicBool::new(false),
+        l1: L1::new(l1),
+        l2: TableCache::new(caches.l2_slice as usize / 8, caches.l2),
+        refcounts: Mutex::new(refcounts),
+        refcount_slices: TableCache::new(caches.refcount_slice as usize / 8, caches.refcounts),
+        epoch: Epoch::default(),
+        guests: RangeLock::new(),
+        tables: RangeLock::new(),
+        l2_loads: RangeLock::new(),
+        refcount_loads: RangeLock::new(),
+        flushing: flush::Flushing::default(),
+    })
+}
+
+/// A table of the header, whole.
+async fn table(file: &Child, at: u64, entries: u64, end: u64, what: &str) -> Result<Vec<u64>> {
+    if entries > 0 && at >= end {
+        return Err(Error::corrupt(format!(
+            "the {what} at {at:#x} lies past the end of the file at {end:#x}"
+        )));
+    }
+    // What a file that was cut short lacks of it is not made up in memory.
+    if at + entries * 8 > end.next_multiple_of(512) {
+        return Err(Error::corrupt(format!(
+            "the {what} at {at:#x} has {} bytes and passes the end of the file at {end:#x}",
+            entries * 8
+        )));
+    }
+    let buf = Buf::new(entries as usize * 8);
+    file.read(at, buf.clone()).await?;
+    Ok(words(&buf))
+}
+
+/// Which clusters hold metadata, and whether that can be.
+struct Layout {
+    g: Geometry,
+    end: u64,
+    meta: HashSet<u64>,
+    damage: Option<String>,
+}
+
+impl Layout {
+    fn damage(&mut self, text: String) {
+        self.damage.get_or_insert(text);
+    }
+
+    fn claim(&mut self, host: u64, bytes: u64, what: &str) {
+        let first = host >> self.g.cluster_bits;
+        for c in first..first + self.g.clusters(bytes) {
+            if !self.meta.insert(c) {
+                let at = c << self.g.cluster_bits;
+                self.damage(format!("{what} at {at:#x} overlaps other metadata"));
+            }
+        }
+    }
+
+    /// Takes note of all tables; gives the refcount table's offsets, without those that cannot
+    /// be.
+    fn read(&mut self, h: &Header, l1: &[u64], mut reftable: Vec<u64>) -> Vec<u64> {
+        let table = u64::from(h.reftable_clusters) << self.g.cluster_bits;
+        self.claim(0, 1, "the header");
+        self.claim(h.l1_offset, u64::from(h.l1_size) * 8, "the L1 table");
+        self.claim(h.reftable_offset, table, "the refcount table");
+        if h.snapshots > 0 {
+            self.claim(h.snapshots_offset, 1, "the snapshot table");
+        }
+        for (i, e) in reftable.iter_mut().enumerate() {
+            *e &= REFTABLE_MASK;
+            if *e != 0 && !self.place(*e, "a refcount block", i) {
+                *e = 0;
+            }
+        }
+        for (i, e) in l1.iter().enumerate() {
+            let host = e & OFFSET_MASK;
+            if host != 0 {
+                self.place(host, "an L2 table", i);
+            }
+        }
+        while reftable.last() == Some(&0) {
+            reftable.pop();
+        }
+        reftable
+    }
+
+    fn place(&mut self, host: u64, what: &str, entry: usize) -> bool {
+        let aligned = self.g.in_cluster(host) == 0;
+        if !aligned || host >= self.end {
+            let why = if aligned { "past the end of the file" } else { "not aligned" };
+            self.damage(format!("{what} (entry {entry}) at {host:#x} is {why}"));
+            return false;
+        }
+        self.claim(host, 1, what);
+        true
+    }
+}
+
+impl Qcow2 {
+    /// What is done once before somebody writes.
+    pub(super) async fn activate(&self) -> Result<()> {
+        if let Some(why) = &self.damage {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{why}: it can only be read; mend it with 'qemu-img check -r all' before \
+                     it is written"
+                ),
+            ));
+        }
+        if self.activated.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        // What these features promise is not kept up here (spec, autoclear_features).
+        if self.header().autoclear != 0 {
+            let zero = Buf::zeroed(8);
+            self.file().write(AUTOCLEAR_FIELD, zero, WriteFlags::default()).await?;
+            self.file().flush().await?;
+            self.header().autoclear = 0;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,317 @@
+//! Writes that need clusters: allocation, copy-on-write, tables of their own.
+
+use gipfel_base::sync::sync::atomic::Ordering;
+use gipfel_base::{ByteRange, Result};
+use gipfel_io::Buf;
+use gipfel_node::WriteFlags;
+
+use super::Qcow2;
+use super::entry::{COPIED, Cluster};
+use super::lookup::What;
+use super::refcounts::Extent;
+
+/// The longest range that is written as one, in bytes (but at least a cluster).
+const LONGEST: u64 = 2 << 20;
+
+/// What the first clusters of a range need before they can be written.
+enum Need {
+    /// Nothing: they may be overwritten there.
+    InPlace { host: u64, len: u64 },
+    /// Their own clusters, kept while they read as zeros.
+    Kept { host: u64, clusters: u64 },
+    /// New clusters.
+    New { clusters: u64 },
+    /// Their entries must be read first.
+    Entries,
+}
+
+impl Qcow2 {
+    /// Writes all of `buf` at guest offset `offset`.
+    pub(super) async fn write_clusters(&self, offset: u64, buf: Buf) -> Result<()> {
+        let mut left = ByteRange::new(offset, buf.len() as u64);
+        let mut buf = buf;
+        while !left.is_empty() {
+            let piece = self.piece(left);
+            let rest = buf.split_off(piece.len() as usize);
+            let _held = self.guests.lock(self.whole(piece)).await;
+            self.write_held(piece, buf).await?;
+            (left, buf) = (left.skip(piece.len()), rest);
+        }
+        Ok(())
+    }
+
+    /// The first part of `range` that is worked on at once: within one slice of entries.
+    pub(super) fn piece(&self, range: ByteRange) -> ByteRange {
+        let reach = self.slice_reach();
+        let most = LONGEST.max(self.g.cluster_size());
+        range.take(most.min(reach - range.start() % reach))
+    }
+
+    /// The whole clusters around `range`.
+    pub(super) fn whole(&self, range: ByteRange) -> ByteRange {
+        let start = self.g.cluster_start(range.start());
+        ByteRange::new(start, self.g.clusters(range.end() - start) << self.g.cluster_bits)
+    }
+
+    /// Writes within one slice; the caller holds the guest clusters.
+    async fn write_held(&self, range: ByteRange, buf: Buf) -> Result<()> {
+        let (mut left, mut buf) = (range, buf);
+        while !left.is_empty() {
+            self.own_table(left.start()).await?;
+            let pin = self.epoch.pin();
+            let (host, clusters, new) = match self.need(left)? {
+                Need::Entries => continue,
+                Need::InPlace { host, len } => {
+                    let rest = buf.split_off(len as usize);
+                    self.file().write(host, buf, WriteFlags::default()).await?;
+                    (left, buf) = (left.skip(len), rest);
+                    continue;
+                }
+                Need::Kept { host, clusters } => (host, clusters, None),
+                Need::New { clusters } => {
+                    let e = self.allocate(clusters, false).await?;
+                    (e.first << self.g.cluster_bits, e.count, Some(e))
+                }
+            };
+            drop(pin);
+            let start = self.g.cluster_start(left.start());
+            let span = ByteRange::new(start, clusters << self.g.cluster_bits);
+            let part = left.take(span.end() - left.start());
+            let rest = buf.split_off(part.len() as usize);
+            let fresh = new.is_some_and(|e| e.fresh);
+            if let Err(e) = self.fill(span, part, host, fresh, buf).await {
+                if let Some(n) = new {
+                    self.unallocate(n).await?;
+                }
+                return Err(e);
+            }
+            self.flushing.wrote();
+            self.refer(span, host).await?;
+            (left, buf) = (left.skip(part.len()), rest);
+        }
+        self.limit_pending().await
+    }
+
+    fn need(&self, range: ByteRange) -> Result<Need> {
+        let run = self.lookup(range, true);
+        match run.what {
+            What::Data { host, copied: true } => {
+                return Ok(Need::InPlace { host, len: run.len });
+            }
+            What::Uncached => return Ok(Need::Entries),
+            What::Bad { entry } => return Err(self.bad_entry(range.start(), entry)),
+            _ => {}
+        }
+        let (slice, first) = self.slice_of(range.start());
+        // Of a suspect slice only the clusters that were looked at are known to be good.
+        let known = if self.is_suspect(slice) { range.take(run.len) } else { range };
+        let most = (self.whole(known).len() >> self.g.cluster_bits) as usize;
+        let size = self.g.cluster_size();
+        let found = self.l2.inspect(slice, |words| {
+            let kinds = words[first..].iter().take(most).map(|w| {
+                let entry = w.load(Ordering::Acquire);
+                Cluster::decode(entry, self.g, self.version)
+            });
+            let mut need = None;
+            for kind in kinds {
+                need = match (need, kind) {
+                    (None, Cluster::Zero { host: Some((host, true)) }) => {
+                        Some(Need::Kept { host, clusters: 1 })
+                    }
+                    (
+                        Some(Need::Kept { host, clusters }),
+                        Cluster::Zero { host: Some((next, true)) },
+                    ) if next == host + clusters * size => {
+                        Some(Need::Kept { host, clusters: clusters + 1 })
+                    }
+                    (
+                        n,
+                        Cluster::Data { copied: true, .. }
+                        | Cluster::Zero { host: Some((_, true)) }
+                        | Cluster::Bad,
+                    ) => return n,
+                    (n @ Some(Need::Kept { .. }), _) => return n,
+                    (Some(Need::New { clusters }), _) => Some(Need::New { clusters: clusters + 1 }),
+                    (_, _) => Some(Need::New { clusters: 1 }),
+                };
+            }
+            need
+        });
+        // Gone from the cache meanwhile: once more.
+        Ok(found.flatten().unwrap_or(Need::Entries))
+    }
+
+    pub(super) fn is_suspect(&self, slice: u64) -> bool {
+        self.l2.get(slice).is_none_or(|f| f.is_suspect())
+    }
+
+    /// Writes `buf`, the data of `part`, into the host clusters of `span`, with what was to be
+    /// read around it.
+    async fn fill(
+        &self,
+        span: ByteRange,
+        part: ByteRange,
+        host: u64,
+        fresh: bool,
+        buf: Buf,
+    ) -> Result<()> {
+        let head = ByteRange::between(span.start(), part.start());
+        let tail = ByteRange::between(part.end(), span.end());
+        let head = if fresh && self.is_zero(head).await? { head.take(0) } else { head };
+        let tail = if fresh && self.is_zero(tail).await? { tail.take(0) } else { tail };
+        if head.is_empty() && tail.is_empty() {
+            let at = host + (part.start() - span.start());
+            return self.file().write(at, buf, WriteFlags::default()).await;
+        }
+        let from = if head.is_empty() { part.start() } else { span.start() };
+        let to = if tail.is_empty() { part.end() } else { span.end() };
+        let all = Buf::new((to - from) as usize);
+        let window = |r: ByteRange| {
+            let at = (r.start() - from) as usize;
+            all.slice(at..at + r.len() as usize)
+        };
+        window(part).copy_from_buf(0, &buf);
+        for r in [head, tail] {
+            if !r.is_empty() {
+                self.read_around(r, window(r)).await?;
+            }
+        }
+        self.file().write(host + (from - span.start()), all, WriteFlags::default()).await
+    }
+
+    /// Whether `range`, part of one cluster that is not written yet, reads as zeros without a
+    /// look at data.
+    async fn is_zero(&self, range: ByteRange) -> Result<bool> {
+        if range.is_empty() || range.start() >= self.size.load(Ordering::Acquire) {
+            return Ok(true);
+        }
+        loop {
+            match self.lookup(range.take(1), true).what {
+                What::Zero => return Ok(true),
+                What::Unallocated => return Ok(range.start() >= self.backing_size().await),
+                What::Uncached => self.load_l2(range.start()).await?,
+                _ => return Ok(false),
+            }
+        }
+    }
+
+    /// Reads what was in `range` before; what lies past the end of the disk is zeros.
+    async fn read_around(&self, range: ByteRange, buf: Buf) -> Result<()> {
+        let end = self.size.load(Ordering::Acquire);
+        let n = end.saturating_sub(range.start()).min(range.len()) as usize;
+        buf.slice(n..buf.len()).fill(0);
+        if n > 0 { self.read_clusters(range.start(), buf.slice(0..n)).await } else { Ok(()) }
+    }
+
+    /// Gives the first clusters of `range`, which have none, host clusters without data. Gives
+    /// how many bytes of the disk that covers, and where in the file.
+    pub(super) async fn preallocate(&self, range: ByteRange) -> Result<(u64, ByteRange)> {
+        let span = self.whole(self.piece(range));
+        self.own_table(span.start()).await?;
+        let e = self.allocate(span.len() >> self.g.cluster_bits, false).await?;
+        let len = e.count << self.g.cluster_bits;
+        let host = ByteRange::new(e.first << self.g.cluster_bits, len);
+        self.refer(span.take(len), host.start()).await?;
+        Ok((len, host))
+    }
+
+    /// Makes the file reach to the end of the last cluster that was ever taken.
+    pub(super) async fn reach_end(&self) -> Result<()> {
+        let end = self.refcounts().end() << self.g.cluster_bits;
+        match self.file().node().await {
+            Some(n) if n.size() < end => n.driver().resize(end).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the entries of `span` refer to the clusters at `host`.
+    async fn refer(&self, span: ByteRange, host: u64) -> Result<()> {
+        let entry = |i, _| Some((host + (i << self.g.cluster_bits)) | COPIED);
+        self.change_entries(span, false, entry).await
+    }
+
+    /// Changes the entries of the whole clusters `span`, which lie in one slice and are held by
+    /// the caller: `change` gets each one's number and what it is, and gives the new entry, if
+    /// there is to be one. What the old ones referred to is let go.
+    pub(super) async fn change_entries(
+        &self,
+        span: ByteRange,
+        discard: bool,
+        change: impl Fn(u64, Cluster) -> Option<u64>,
+    ) -> Result<()> {
+        let (slice, first) = self.slice_of(span.start());
+        let clusters = (span.len() >> self.g.cluster_bits) as usize;
+        let mut gone = Vec::new();
+        while self
+            .l2
+            .update(slice, |words| {
+                for (i, w) in words[first..first + clusters].iter().enumerate() {
+                    let old = Cluster::decode(w.load(Ordering::Acquire), self.g, self.version);
+                    let Some(new) = change(i as u64, old) else { continue };
+                    w.store(new, Ordering::Release);
+                    if host_of(old) != host_of(Cluster::decode(new, self.g, self.version)) {
+                        gone.push(old);
+                    }
+                }
+            })
+            .is_none()
+        {
+            self.load_l2(span.start()).await?;
+        }
+        self.flushing.changed();
+        for old in gone {
+            self.let_go(old, discard);
+        }
+        Ok(())
+    }
+
+    /// Makes sure that the L2 table of a guest offset exists, is referred to from here only, and
+    /// that its slice is cached.
+    pub(super) async fn own_table(&self, guest: u64) -> Result<()> {
+        let index = guest / self.g.l1_reach();
+        if !self.l1.get(index).is_some_and(|t| t.copied) {
+            let _alone = self.tables.lock(ByteRange::new(index, 1)).await;
+            match self.l1.get(index) {
+                Some(t) if t.copied => {}
+                old => self.new_table(index, old.map(|t| t.host)).await?,
+            }
+        }
+        if self.l2.get(self.slice_of(guest).0).is_none() {
+            self.load_l2(guest).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives an L1 entry a table of its own: empty, or a copy of the one it shares.
+    async fn new_table(&self, index: u64, old: Option<u64>) -> Result<()> {
+        let size = self.g.cluster_size();
+        let table = Buf::zeroed(size as usize);
+        if let Some(host) = old {
+            self.l2_slice_host(index * self.g.l1_reach())?;
+            self.read_file(host, table.clone()).await?;
+        }
+        let e = self.allocate(1, false).await?;
+        let host = e.first << self.g.cluster_bits;
+        if let Err(error) = self.file().write(host, table, WriteFlags::default()).await {
+            self.unallocate(Extent { count: 1, ..e }).await?;
+            return Err(error);
+        }
+        self.flushing.wrote();
+        self.refcounts().meta.insert(e.first);
+        self.l1.set(index, host);
+        self.flushing.changed();
+        if let Some(h) = old {
+            self.let_go_bytes(h, size, false);
+        }
+        Ok(())
+    }
+}
+
+/// What an entry refers to.
+fn host_of(c: Cluster) -> Option<u64> {
+    match c {
+        Cluster::Data { host, .. } | Cluster::Compressed { host, .. } => Some(host),
+        Cluster::Zero { host } => host.map(|h| h.0),
+        Cluster::Unallocated | Cluster::Bad => None,
+    }
+}

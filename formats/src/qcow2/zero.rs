@@ -1,0 +1,156 @@
+//! Zeros and discard: changes of entries, with data only where a cluster is touched in part.
+
+use gipfel_base::sync::sync::atomic::Ordering;
+use gipfel_base::{ByteRange, Error, Result};
+use gipfel_io::Buf;
+use gipfel_node::ZeroFlags;
+
+use super::Qcow2;
+use super::entry::{COPIED, Cluster, ZERO};
+use super::lookup::What;
+
+impl Qcow2 {
+    /// The whole clusters in `range`; a cluster that the end of the disk cuts short counts as
+    /// whole.
+    fn inner(&self, range: ByteRange) -> ByteRange {
+        let size = self.g.cluster_size();
+        let start = range.start().next_multiple_of(size);
+        let at_end = range.end() == self.size.load(Ordering::Acquire);
+        let end = if at_end { range.end() } else { self.g.cluster_start(range.end()) };
+        ByteRange::between(start.min(range.end()), end.max(start.min(range.end())))
+    }
+
+    /// Makes `range` read as zeros.
+    pub(super) async fn zero_range(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        if self.version < 3 {
+            // Version 2 has no zero flag (spec, L2 table entry).
+            return Err(Error::unsupported("version 2 of the format has no zero clusters"));
+        }
+        let inner = self.inner(range);
+        let (head, tail) = if inner.is_empty() {
+            (range, range.take(0))
+        } else {
+            let head = ByteRange::between(range.start(), inner.start());
+            (head, ByteRange::between(inner.end(), range.end()))
+        };
+        for edge in [head, tail] {
+            if flags.no_fallback && !edge.is_empty() && !self.reads_as_zeros(edge).await? {
+                return Err(Error::unsupported("part of a cluster would have to be written"));
+            }
+        }
+        for edge in [head, tail] {
+            if !edge.is_empty() && !self.reads_as_zeros(edge).await? {
+                self.write_clusters(edge.start(), Buf::zeroed(edge.len() as usize)).await?;
+            }
+        }
+        let unmap = flags.unmap && self.unmaps();
+        self.each_piece(inner, unmap, |old| match old {
+            Cluster::Zero { host: None } => None,
+            Cluster::Zero { host: Some((_, true)) } if !unmap => None,
+            Cluster::Data { host, copied: true } if !unmap => Some(host | COPIED | ZERO),
+            _ => Some(ZERO),
+        })
+        .await
+    }
+
+    /// Lets go of the whole clusters in `range`.
+    pub(super) async fn discard_range(&self, range: ByteRange) -> Result<()> {
+        if !self.unmaps() {
+            return Ok(());
+        }
+        let has_backing = self.backing_size().await > 0;
+        if self.version < 3 && has_backing {
+            // What is discarded must not show what the backing image has.
+            return Ok(());
+        }
+        let empty = if self.version >= 3 { ZERO } else { 0 };
+        self.each_piece(self.inner(range), true, |old| match old {
+            Cluster::Unallocated | Cluster::Zero { host: None } => None,
+            _ => Some(empty),
+        })
+        .await
+    }
+
+    /// Whether a part of one or two clusters is known to read as zeros.
+    async fn reads_as_zeros(&self, range: ByteRange) -> Result<bool> {
+        let mut left = range;
+        while !left.is_empty() {
+            let run = self.lookup(left, true);
+            match run.what {
+                What::Zero => {}
+                What::Unallocated if left.start() >= self.backing_size().await => {}
+                What::Uncached => {
+                    self.load_l2(left.start()).await?;
+                    continue;
+                }
+                _ => return Ok(false),
+            }
+            left = left.skip(run.len);
+        }
+        Ok(true)
+    }
+
+    /// Changes the entries of whole clusters, slice by slice.
+    async fn each_piece(
+        &self,
+        range: ByteRange,
+        discard: bool,
+        change: impl Fn(Cluster) -> Option<u64>,
+    ) -> Result<()> {
+        let mut left = range;
+        while !left.is_empty() {
+            let n = self.change_piece(left, discard, &change).await?;
+            left = left.skip(n);
+            self.limit_pending().await?;
+        }
+        Ok(())
+    }
+
+    /// One piece of that; gives how many bytes it covered.
+    async fn change_piece(
+        &self,
+        range: ByteRange,
+        discard: bool,
+        change: &impl Fn(Cluster) -> Option<u64>,
+    ) -> Result<u64> {
+        let reach = self.g.l1_reach();
+        let to_table_end = reach - range.start() % reach;
+        if self.l1.get(range.start() / reach).is_none()
+            && change(Cluster::Unallocated)
+                .is_none_or(|_| self.backing_end_is_before(range.start()))
+        {
+            return Ok(to_table_end.min(range.len()));
+        }
+        let slice = self.slice_reach();
+        let piece = range.take(slice - range.start() % slice);
+        let span = self.whole(piece);
+        let _held = self.guests.lock(span).await;
+        self.own_table(range.start()).await?;
+        self.check_entries(piece).await?;
+        self.change_entries(span, discard, |_, old| change(old)).await?;
+        Ok(piece.len())
+    }
+
+    /// Fails where an entry of `range`, which lies in one slice, contradicts the image.
+    async fn check_entries(&self, range: ByteRange) -> Result<()> {
+        let mut left = range;
+        while !left.is_empty() && self.is_suspect(self.slice_of(left.start()).0) {
+            let run = self.lookup(left, true);
+            match run.what {
+                What::Uncached => {
+                    self.load_l2(left.start()).await?;
+                    continue;
+                }
+                What::Bad { entry } => return Err(self.bad_entry(left.start(), entry)),
+                _ => left = left.skip(run.len),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the backing image has nothing from `offset` on; false while that is not known.
+    fn backing_end_is_before(&self, offset: u64) -> bool {
+        let size = self.backing().try_enter().map(|n| n.as_ref().map_or(0, |n| n.size()));
+        size.is_some_and(|s| s <= offset)
+    }
+}
