@@ -14,7 +14,7 @@ use super::refcounts::{Extent, Pending, Step};
 const MAX_PENDING: usize = 4096;
 
 impl Qcow2 {
-    fn refcounts_per_slice(&self) -> u64 {
+    pub(super) fn refcounts_per_slice(&self) -> u64 {
         (self.refcount_slices.words() as u64 * 64) >> self.g.refcount_order
     }
 

@@ -250,6 +250,17 @@ impl TableCache {
         Reserve::Full
     }
 
+    /// Forgets every slice that nobody has changed.
+    pub fn clear(&self) {
+        let d = self.directory();
+        for (slot, state) in self.slots.iter().zip(&d.states) {
+            let tag = slot.tag.load(Ordering::Acquire);
+            if state.replaceable() && tag & ID_MASK != 0 {
+                slot.tag.store((tag & !ID_MASK).wrapping_add(ID_MASK + 1), Ordering::Release);
+            }
+        }
+    }
+
     /// Copies out up to `most` slices that were changed.
     pub fn take_dirty(&self, most: usize) -> Batch<'_> {
         let mut d = self.directory();

@@ -351,6 +351,21 @@ impl Header {
     /// The bytes of the header, its extensions and the backing file's name: what the first
     /// cluster begins with. Fails where they do not fit into it.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        let room = self.geometry.cluster_size();
+        let bytes = self.encode_with(self.version >= 3)?;
+        // The names of features are for people: small clusters do without.
+        let bytes = if bytes.len() as u64 > room { self.encode_with(false)? } else { bytes };
+        if bytes.len() as u64 > room {
+            return Err(Error::invalid(format!(
+                "the header needs {} bytes, but a cluster has {room}: use larger clusters or a \
+                 shorter name of the backing file",
+                bytes.len()
+            )));
+        }
+        Ok(bytes)
+    }
+
+    fn encode_with(&self, feature_names_too: bool) -> Result<Vec<u8>> {
         let mut b = Vec::new();
         b.extend(MAGIC);
         b.extend(self.version.to_be_bytes());
@@ -384,7 +399,7 @@ impl Header {
         if let Some(f) = &self.backing_format {
             extension(EXT_BACKING_FORMAT, f.as_bytes());
         }
-        if self.version >= 3 {
+        if feature_names_too {
             extension(EXT_FEATURE_NAMES, &feature_names());
         }
         for e in &self.extensions {
@@ -402,14 +417,6 @@ impl Header {
             b[8..16].copy_from_slice(&at.to_be_bytes());
             b[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
             b.extend(name.as_bytes());
-        }
-        if b.len() as u64 > self.geometry.cluster_size() {
-            return Err(Error::invalid(format!(
-                "the header needs {} bytes, but a cluster has {}: use larger clusters \
-                 or a shorter name of the backing file",
-                b.len(),
-                self.geometry.cluster_size()
-            )));
         }
         Ok(b)
     }

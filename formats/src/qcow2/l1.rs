@@ -62,6 +62,12 @@ impl L1 {
         self.entries().iter().map(|e| e.load(Ordering::Acquire)).collect()
     }
 
+    /// Puts another table in place of all entries.
+    pub(super) fn replace(&self, entries: Vec<u64>) {
+        let mut e = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        *e = entries.into_iter().map(AtomicU64::new).collect();
+    }
+
     /// Makes the table longer.
     pub(super) fn grow(&self, len: usize) {
         let mut e = self.entries.write().unwrap_or_else(PoisonError::into_inner);

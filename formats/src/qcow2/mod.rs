@@ -12,6 +12,7 @@
 
 mod alloc;
 mod cache;
+pub mod check;
 mod create;
 pub mod entry;
 mod flush;
@@ -25,6 +26,8 @@ mod open;
 mod options;
 mod read;
 mod refcounts;
+#[cfg(test)]
+mod tests;
 mod write;
 mod zero;
 
@@ -63,7 +66,7 @@ pub static QCOW2: DriverDef = DriverDef {
     open: |args| Box::pin(open::open(args)),
     create: Some(|args| Box::pin(create::create(args))),
     probe: Some(probe),
-    check: None,
+    check: Some(|args| Box::pin(check::check(args))),
 };
 
 fn probe(first: &[u8]) -> u8 {
@@ -98,9 +101,11 @@ struct Qcow2 {
     header: Mutex<Header>,
     flags: Arc<Flags>,
     /// Why the image must not be written, if it must not.
-    damage: Option<String>,
+    damage: Mutex<Option<String>>,
     /// What is done once before the first write has been done.
     activated: AtomicBool,
+    /// Held while that is done.
+    activation: async_lock::Mutex<()>,
     l1: L1,
     l2: TableCache,
     refcounts: Mutex<Refcounts>,
@@ -146,7 +151,7 @@ impl Qcow2 {
     }
 
     fn corrupt(&self, what: impl std::fmt::Display) -> Error {
-        Error::corrupt(format!("{what}; run 'qemu-img check -r all' on the image"))
+        Error::corrupt(format!("{what}; run 'gipfel img check -r all' on the image"))
             .context(format!("qcow2 node '{}'", self.name))
     }
 }

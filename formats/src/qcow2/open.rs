@@ -4,13 +4,14 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use gipfel_base::sync::sync::Mutex;
 use gipfel_base::sync::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_base::sync::sync::{Mutex, PoisonError};
+use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::{Buf, Epoch, RangeLock};
 use gipfel_node::{Child, Discard, Implicit, OpenArgs, Opened, WriteFlags};
 
 use super::cache::TableCache;
+use super::check;
 use super::entry::OFFSET_MASK;
 use super::geometry::Geometry;
 use super::header::{self, CORRUPT, DIRTY, Header};
@@ -67,36 +68,25 @@ async fn image(
     header.check_offered()?;
     let g = header.geometry;
     let caches = options.caches(g, header.size)?;
-    let end = file.size().await?;
-    let l1 = table(file, header.l1_offset, u64::from(header.l1_size), end, "L1 table").await?;
-    let entries = u64::from(header.reftable_clusters) * g.l2_entries();
-    let reftable = table(file, header.reftable_offset, entries, end, "refcount table").await?;
-    let mut layout = Layout { g, end, meta: HashSet::new(), damage: None };
-    let reftable = layout.read(&header, &l1, reftable);
-    if header.incompatible & CORRUPT != 0 {
-        layout.damage("the image says of itself that it is corrupt".into());
-    }
-    if header.incompatible & DIRTY != 0 {
-        layout.damage("the image was not closed properly, its refcounts may be wrong".into());
-    }
     let per_slice = (caches.refcount_slice * 8) >> g.refcount_order;
-    let mut refcounts = Refcounts::new(g, per_slice, reftable, g.clusters(end));
-    refcounts.meta = layout.meta;
+    let file_end = file.size().await?;
+    let Tables { l1, refcounts, damage } = Tables::read(file, &header, per_slice).await?;
     Ok(Qcow2 {
         name,
         children,
         g,
         version: header.version,
         size: AtomicU64::new(header.size),
-        file_end: AtomicU64::new(end),
+        file_end: AtomicU64::new(file_end),
         header: Mutex::new(header),
         flags: Arc::new(Flags {
             unmap: AtomicBool::new(unmap),
             pass_discard: AtomicBool::new(options.pass_discard_request.unwrap_or(unmap)),
         }),
         options,
-        damage: layout.damage,
+        damage: Mutex::new(damage),
         activated: AtomicBool::new(false),
+        activation: async_lock::Mutex::new(()),
         l1: L1::new(l1),
         l2: TableCache::new(caches.l2_slice as usize / 8, caches.l2),
         refcounts: Mutex::new(refcounts),
@@ -108,6 +98,31 @@ async fn image(
         refcount_loads: RangeLock::new(),
         flushing: flush::Flushing::default(),
     })
+}
+
+/// What is read when an image is opened, and again after a repair.
+struct Tables {
+    l1: Vec<u64>,
+    refcounts: Refcounts,
+    damage: Option<String>,
+}
+
+impl Tables {
+    async fn read(file: &Child, header: &Header, per_slice: u64) -> Result<Tables> {
+        let g = header.geometry;
+        let end = file.size().await?;
+        let l1 = table(file, header.l1_offset, u64::from(header.l1_size), end, "L1 table").await?;
+        let entries = u64::from(header.reftable_clusters) * g.l2_entries();
+        let reftable = table(file, header.reftable_offset, entries, end, "refcount table").await?;
+        let mut layout = Layout { g, end, meta: HashSet::new(), damage: None };
+        let reftable = layout.read(header, &l1, reftable);
+        if header.incompatible & CORRUPT != 0 {
+            layout.damage("the image says of itself that it is corrupt".into());
+        }
+        let mut refcounts = Refcounts::new(g, per_slice, reftable, g.clusters(end));
+        refcounts.meta = layout.meta;
+        Ok(Tables { l1, refcounts, damage: layout.damage })
+    }
 }
 
 /// A table of the header, whole.
@@ -195,17 +210,19 @@ impl Layout {
 impl Qcow2 {
     /// What is done once before somebody writes.
     pub(super) async fn activate(&self) -> Result<()> {
-        if let Some(why) = &self.damage {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!(
-                    "{why}: it can only be read; mend it with 'qemu-img check -r all' before \
-                     it is written"
-                ),
-            ));
-        }
-        if self.activated.swap(true, Ordering::AcqRel) {
+        let _once = self.activation.lock().await;
+        if self.activated.load(Ordering::Acquire) {
             return Ok(());
+        }
+        if self.header().incompatible & DIRTY != 0 {
+            self.rebuild().await?;
+        }
+        if let Some(why) = &*self.damage.lock().unwrap_or_else(PoisonError::into_inner) {
+            let text = format!(
+                "{why}: it can only be read; mend it with 'gipfel img check -r all' before it is \
+                 written"
+            );
+            return Err(Error::new(ErrorKind::Corrupt, text));
         }
         // What these features promise is not kept up here (spec, autoclear_features).
         if self.header().autoclear != 0 {
@@ -214,6 +231,27 @@ impl Qcow2 {
             self.file().flush().await?;
             self.header().autoclear = 0;
         }
+        self.activated.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The image was not closed properly and its refcounts were put off (spec, Dirty bit): they
+    /// are counted anew. Nobody has written through this node yet.
+    async fn rebuild(&self) -> Result<()> {
+        // Nothing is read into the caches meanwhile.
+        let _l2 = self.l2_loads.lock(ByteRange::new(0, u64::MAX)).await;
+        let _refcounts = self.refcount_loads.lock(ByteRange::new(0, u64::MAX)).await;
+        let header = check::rebuild_dirty(&self.children[0]).await?;
+        let tables = Tables::read(self.file(), &header, self.refcounts_per_slice()).await?;
+        self.l1.replace(tables.l1);
+        let mut refcounts = self.refcounts();
+        *refcounts = tables.refcounts;
+        // Entries may have got or lost their flag for a refcount of one.
+        self.l2.clear();
+        self.refcount_slices.clear();
+        drop(refcounts);
+        *self.header() = header;
+        *self.damage.lock().unwrap_or_else(PoisonError::into_inner) = tables.damage;
         Ok(())
     }
 }

@@ -179,7 +179,7 @@ impl Refcounts {
         if let Some(c) = (e.first..e.first + e.count).find(|c| self.meta.contains(c)) {
             return Err(Error::corrupt(format!(
                 "cluster at {:#x} holds metadata, but its refcount is 0: \
-                 run 'qemu-img check -r all' before writing",
+                 run 'gipfel img check -r all' before writing",
                 c << self.g.cluster_bits
             )));
         }
