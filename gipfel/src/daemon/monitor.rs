@@ -15,7 +15,7 @@ const RECEIVE: usize = 16 << 10;
 
 /// Serves one client to its end.
 pub async fn serve(daemon: Rc<Daemon>, stream: Stream, pretty: bool) {
-    let outbox = Rc::new(Outbox::new(pretty));
+    let outbox = Rc::new(Outbox::new(stream.clone(), pretty));
     daemon.events.add(&outbox);
     outbox.push(&Session::greeting(&version()));
     let writer = spawn_local(write(stream.clone(), outbox.clone()));
@@ -34,8 +34,7 @@ async fn write(stream: Stream, outbox: Rc<Outbox>) {
         let sent: Result<()>;
         (sent, message) = stream.send(message).await;
         if sent.is_err() {
-            outbox.close();
-            stream.shutdown();
+            outbox.cut_off();
             return;
         }
     }
@@ -70,6 +69,9 @@ async fn read(daemon: &Rc<Daemon>, stream: &Stream, outbox: &Rc<Outbox>) -> Resu
                 }
             }
             outbox.room().await;
+            if outbox.is_closed() {
+                return Ok(());
+            }
         }
     }
 }
