@@ -170,10 +170,11 @@ fn reopening_read_only_waits_for_the_writer_to_go() {
     let mut q = served.qmp();
     let image = served.image();
     let options = |read_only: bool| {
-        json!({ "options": [{
+        let node = json!({
             "driver": "file", "node-name": "f", "filename": image, "read-only": read_only,
             "discard": "unmap"
-        }] })
+        });
+        json!({ "options": [node] })
     };
     let mut c = served.client();
     c.write(0, &[1; 4096], 0).unwrap();

@@ -13,8 +13,9 @@ use super::{Daemon, version};
 /// Bytes received at once.
 const RECEIVE: usize = 16 << 10;
 
-/// Serves one client to its end.
+/// Serves one client to its end, once the daemon is set up.
 pub async fn serve(daemon: Rc<Daemon>, stream: Stream, pretty: bool) {
+    daemon.is_ready().await;
     let outbox = Rc::new(Outbox::new(stream.clone(), pretty));
     daemon.events.add(&outbox);
     outbox.push(&Session::greeting(&version()));
