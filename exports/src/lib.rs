@@ -4,4 +4,4 @@ mod disk;
 pub mod nbd;
 pub mod table;
 
-pub use table::{Address, ExportInfo, Exports, NewExport};
+pub use table::{ExportInfo, Exports, NewExport};

@@ -2,24 +2,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::rc::Rc;
 
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_graph::{Backend, BackendId, BackendOptions, Graph};
+use gipfel_io::address::Address;
 use gipfel_io::net::Listener;
 use gipfel_io::{Handle, spawn_local};
 
 use crate::nbd::{ExportOptions, Removal, Server, ServerOptions};
-
-/// Where a server listens.
-#[derive(Clone, Debug)]
-pub enum Address {
-    /// A unix socket at a path.
-    Unix(PathBuf),
-    /// TCP addresses (a name can stand for several); the first that works is taken.
-    Tcp(Vec<SocketAddr>),
-}
 
 /// How an export is made (BlockExportOptions).
 #[derive(Clone, Debug, Default)]
@@ -67,6 +58,9 @@ pub struct Exports {
     graph: Rc<Graph>,
     threads: Vec<Handle>,
     server: RefCell<Option<Rc<Server<Backend>>>>,
+    /// Whether clients have to wait, and the listener whose clients do.
+    held: Cell<bool>,
+    waiting: RefCell<Option<Listener>>,
     list: RefCell<Vec<Rc<Export>>>,
     on_deleted: OnDeleted,
 }
@@ -78,6 +72,8 @@ impl Exports {
             graph,
             threads,
             server: RefCell::default(),
+            held: Cell::new(false),
+            waiting: RefCell::default(),
             list: RefCell::default(),
             on_deleted,
         })
@@ -95,7 +91,7 @@ impl Exports {
     /// Starts the NBD server. There is one at a time. Gives the TCP address, if it is one.
     pub async fn start_nbd(
         &self,
-        address: Address,
+        address: &Address,
         options: ServerOptions,
     ) -> Result<Option<SocketAddr>> {
         let running =
@@ -103,32 +99,40 @@ impl Exports {
         if self.server.borrow().is_some() {
             return running();
         }
-        let listener = match address {
-            Address::Unix(p) => Listener::unix(&p).await?,
-            Address::Tcp(list) => {
-                let mut found = Err(Error::invalid("the address names no host"));
-                for a in list {
-                    found = Listener::tcp(a).await;
-                    if found.is_ok() {
-                        break;
-                    }
-                }
-                found?
-            }
-        };
+        let listener = Listener::bind(address).await?;
         if self.server.borrow().is_some() {
             return running();
         }
         let tcp = listener.tcp_address();
         let server = Server::new(self.threads.clone(), options);
-        server.listen(listener);
+        if self.held.get() {
+            *self.waiting.borrow_mut() = Some(listener);
+        } else {
+            server.listen(listener);
+        }
         *self.server.borrow_mut() = Some(Rc::new(server));
         Ok(tcp)
+    }
+
+    /// Lets clients wait in the queues of listeners until [`Exports::let_in`]: whoever comes while
+    /// things are being set up finds all of them.
+    pub fn hold(&self) {
+        self.held.set(true);
+    }
+
+    /// Lets clients in.
+    pub fn let_in(&self) {
+        self.held.set(false);
+        let waiting = self.waiting.take();
+        if let (Some(l), Some(s)) = (waiting, &*self.server.borrow()) {
+            s.listen(l);
+        }
     }
 
     /// Stops the NBD server, its clients and all exports.
     pub async fn stop_nbd(&self) -> Result<()> {
         let server = self.server()?;
+        self.waiting.take();
         *self.server.borrow_mut() = None;
         let exports = std::mem::take(&mut *self.list.borrow_mut());
         server.stop().await;

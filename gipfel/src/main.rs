@@ -63,7 +63,7 @@ fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
     match name {
         "demo" => demo::run()?,
         "serve" => serve::run(m)?,
-        "storage-daemon" => daemon::run(&daemon::cli::config(m)?, || Ok(()))?,
+        "storage-daemon" => daemon::run(&daemon::cli::config(m)?)?,
         _ => unreachable!("clap knows the subcommands"),
     }
     Ok(ExitCode::SUCCESS)

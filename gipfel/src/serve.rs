@@ -5,9 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use gipfel_base::{Error, Result, ResultExt};
+use gipfel_exports::NewExport;
 use gipfel_exports::nbd::ServerOptions;
-use gipfel_exports::{Address, NewExport};
 use gipfel_io::Runtime;
+use gipfel_io::address::Address;
 use gipfel_io::signals::Signals;
 use serde_json::{Value, json};
 
@@ -91,7 +92,7 @@ pub fn run(m: &ArgMatches) -> Result<()> {
         options.insert("discard".into(), json!("unmap"));
         daemon.graph.blockdev_add(options).await?;
         let (address, uri) = address(m, image, &name)?;
-        daemon.exports.start_nbd(address, ServerOptions::default()).await?;
+        daemon.exports.start_nbd(&address, ServerOptions::default()).await?;
         let export = NewExport {
             id: "serve".into(),
             node: "disk".into(),
@@ -110,7 +111,10 @@ pub fn run(m: &ArgMatches) -> Result<()> {
 
 fn address(m: &ArgMatches, image: &str, name: &str) -> Result<(Address, String)> {
     if let Some(a) = m.get_one::<SocketAddr>("tcp") {
-        return Ok((Address::Tcp(vec![*a]), format!("nbd://{a}/{name}")));
+        return Ok((
+            Address::Tcp { list: vec![*a], keep_alive: false },
+            format!("nbd://{a}/{name}"),
+        ));
     }
     let path = match m.get_one::<PathBuf>("socket") {
         Some(p) => p.clone(),

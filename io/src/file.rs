@@ -77,7 +77,7 @@ pub struct File(Inner);
 #[derive(Clone)]
 enum Inner {
     Os(Arc<OsFile>),
-    Sim(Arc<sim::Disk>),
+    Sim(sim::Opened),
 }
 
 struct OsFile {
@@ -421,14 +421,20 @@ fn extent_os(fd: RawFd, offset: u64) -> Result<(bool, u64)> {
         let r = unsafe { libc::lseek(fd, at as libc::off_t, whence) };
         if r >= 0 { Ok(Some(r as u64)) } else { seek_error() }
     };
-    let Some(data) = seek(offset, libc::SEEK_DATA)? else {
-        return Ok((false, u64::MAX));
-    };
-    if data > offset {
-        return Ok((false, data));
+    loop {
+        let Some(data) = seek(offset, libc::SEEK_DATA)? else {
+            return Ok((false, u64::MAX));
+        };
+        if data > offset {
+            return Ok((false, data));
+        }
+        // A hole begins at the end of the file at the latest.
+        let hole = seek(offset, libc::SEEK_HOLE)?.unwrap_or(u64::MAX);
+        if hole > offset {
+            return Ok((true, hole));
+        }
+        // The data were given back between the two questions.
     }
-    // A hole begins at the end of the file at the latest.
-    Ok((true, seek(offset, libc::SEEK_HOLE)?.unwrap_or(u64::MAX)))
 }
 
 fn seek_error() -> Result<Option<u64>> {

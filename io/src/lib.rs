@@ -6,6 +6,7 @@
 //! the exports where `unsafe` is allowed, each use with its reason.
 #![allow(unsafe_code)]
 
+pub mod address;
 mod blocking;
 pub mod buf;
 mod exec;
@@ -13,6 +14,7 @@ pub mod file;
 pub mod gate;
 pub mod net;
 mod op;
+pub mod process;
 pub mod rangelock;
 mod ring;
 mod shard;

@@ -1,15 +1,14 @@
-//! Sockets: listening, accepting, receiving into owned buffers, gathered sends.
+//! Sockets: accepting, receiving into owned buffers, gathered sends. How they are named: `address`.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use gipfel_base::{Error, ErrorKind, Result, ResultExt};
+use gipfel_base::{Error, ErrorKind, Result};
 use io_uring::{opcode, types::Fd};
 
-use crate::blocking::call;
 use crate::buf::Buf;
 use crate::op::{Keep, Op, check};
 use crate::sim;
@@ -21,35 +20,12 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on a unix socket at `path`; one left there by a dead server is replaced. The path
-    /// is removed when the listener goes.
-    pub async fn unix(path: &Path) -> Result<Listener> {
-        let p = path.to_owned();
-        call(move || {
-            let at = || format!("unix socket '{}'", p.display());
-            let l = match UnixListener::bind(&p) {
-                Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => {
-                    if UnixStream::connect(&p).is_ok() {
-                        return Err(Error::new(ErrorKind::InUse, "a server listens there already")
-                            .context(at()));
-                    }
-                    let _ = std::fs::remove_file(&p);
-                    UnixListener::bind(&p).at(at)?
-                }
-                r => r.at(at)?,
-            };
-            Ok(Listener { fd: Arc::new(l.into()), unlink: Some(p) })
-        })
-        .await
+    pub(crate) fn new(fd: OwnedFd, unlink: Option<PathBuf>) -> Listener {
+        Listener { fd: Arc::new(fd), unlink }
     }
 
-    /// Listens on a TCP address.
-    pub async fn tcp(addr: SocketAddr) -> Result<Listener> {
-        call(move || {
-            let l = TcpListener::bind(addr).at(|| format!("TCP address {addr}"))?;
-            Ok(Listener { fd: Arc::new(l.into()), unlink: None })
-        })
-        .await
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
     }
 
     /// Takes over a socket that listens already.
@@ -132,25 +108,6 @@ impl Stream {
             Ok(unsafe { OwnedFd::from_raw_fd(n) })
         };
         Ok(Stream(Inner::Pipes(Arc::new(dup(0)?), Arc::new(dup(1)?))))
-    }
-
-    /// Connects to a unix socket.
-    pub async fn connect_unix(path: &Path) -> Result<Stream> {
-        let p = path.to_owned();
-        call(move || {
-            let s = UnixStream::connect(&p).at(|| format!("unix socket '{}'", p.display()))?;
-            Ok(Self::from_socket(s.into()))
-        })
-        .await
-    }
-
-    /// Connects to a TCP address.
-    pub async fn connect_tcp(addr: SocketAddr) -> Result<Stream> {
-        call(move || {
-            let s = TcpStream::connect(addr).at(|| format!("TCP address {addr}"))?;
-            Ok(Self::from_socket(s.into()))
-        })
-        .await
     }
 
     /// Two ends of a simulated connection.
@@ -341,18 +298,6 @@ impl Message {
         }
         self.point();
     }
-}
-
-/// The TCP addresses that a host (name or number; empty: all of this machine) and a port stand
-/// for.
-pub async fn resolve(host: &str, port: &str) -> Result<Vec<SocketAddr>> {
-    use std::net::ToSocketAddrs;
-    let at = format!("TCP address {host}:{port}");
-    let port: u16 = port
-        .parse()
-        .map_err(|_| Error::invalid("the port must be a number from 0 to 65535").context(&*at))?;
-    let host = if host.is_empty() { "::".to_owned() } else { host.to_owned() };
-    call(move || Ok((host.as_str(), port).to_socket_addrs().at(|| at)?.collect())).await
 }
 
 /// Two connected real sockets, for tests.

@@ -1,6 +1,7 @@
 //! The daemon under test, and the reference daemon: started, waited for, killed at the end.
 
 use crate::tools;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -33,6 +34,21 @@ impl Daemon {
         let mut all = vec!["storage-daemon"];
         all.extend(args);
         Self::start(Self::binary(), &all)
+    }
+
+    /// As [`Daemon::gipfel`], with a descriptor passed on as number 3, as service managers do.
+    pub fn gipfel_passing(fd: OwnedFd, args: &[&str]) -> Self {
+        let what = format!("gipfel storage-daemon {}", args.join(" "));
+        // The shell moves it from where a command's input stands.
+        let child = Command::new("sh")
+            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
+            .arg(Self::binary())
+            .arg("storage-daemon")
+            .args(args)
+            .stdin(Stdio::from(fd))
+            .spawn()
+            .unwrap_or_else(|e| panic!("cannot start {what}: {e}"));
+        Self { child, what }
     }
 
     /// Starts the reference daemon with `args`.

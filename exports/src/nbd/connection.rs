@@ -148,6 +148,10 @@ impl<'a> Reader<'a> {
                 }
                 Err(e) => return Err(e),
             }
+            if flow.is_dead() {
+                // What a client left behind that is gone is of no use to anybody.
+                return Err(Error::new(ErrorKind::Disconnected, "the client is gone"));
+            }
             let mut header = [0; REQUEST_LEN];
             self.buf.copy_to(self.start, &mut header);
             self.start += REQUEST_LEN;

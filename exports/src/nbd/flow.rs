@@ -123,6 +123,11 @@ impl<D: Disk> Flow<D> {
         .await;
     }
 
+    /// Whether the client cannot be answered any more.
+    pub(super) fn is_dead(&self) -> bool {
+        self.state.borrow().dead
+    }
+
     /// Forgets an admitted request that will have no answer.
     pub(super) fn release(&self, charge: usize) {
         let mut s = self.state.borrow_mut();

@@ -276,3 +276,6 @@ impl Driver for Raw {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,57 +3,89 @@
 use std::net::SocketAddr;
 
 use gipfel_base::{Error, Result};
-use gipfel_exports::Address;
-use gipfel_io::net::Listener;
+use gipfel_io::address::{Address, resolve};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// A SocketAddress, flat (`{"type": "unix", "path": ...}`) or legacy (members under `data`).
-pub async fn read(mut v: Map<String, Value>) -> Result<Address> {
-    let kind = v.remove("type");
-    if let Some(Value::Object(data)) = v.remove("data") {
-        v = data;
-    }
-    let text = |key: &str| v.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    if v.get("abstract") == Some(&Value::Bool(true)) {
-        return Err(Error::unsupported("abstract unix sockets are not offered by this version"));
-    }
-    match kind.as_ref().and_then(Value::as_str) {
-        Some("unix") => Ok(Address::Unix(text("path").into())),
-        Some("inet") => {
-            let mut found = gipfel_io::net::resolve(&text("host"), &text("port")).await?;
-            let wants = |key| v.get(key).and_then(Value::as_bool);
-            if wants("ipv4") == Some(false) || wants("ipv6") == Some(true) {
-                found.retain(SocketAddr::is_ipv6);
+/// The members of all kinds of addresses, and of character devices on sockets.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct Members {
+    path: Option<String>,
+    r#abstract: bool,
+    tight: Option<bool>,
+    host: Option<String>,
+    port: Option<String>,
+    to: Option<u16>,
+    ipv4: Option<bool>,
+    ipv6: Option<bool>,
+    numeric: bool,
+    keep_alive: bool,
+    mptcp: bool,
+    #[serde(alias = "str")]
+    fd: Option<String>,
+}
+
+impl Members {
+    /// The address that they describe. `host` stands for an empty or missing one.
+    pub async fn address(&self, host: &str) -> Result<Address> {
+        match (&self.path, &self.port, &self.fd) {
+            (Some(p), None, None) if self.r#abstract => {
+                Address::abstract_name(p.as_bytes(), self.tight.unwrap_or(true))
             }
-            if wants("ipv6") == Some(false) || wants("ipv4") == Some(true) {
-                found.retain(SocketAddr::is_ipv4);
+            (Some(p), None, None) => Ok(Address::Unix(p.into())),
+            (None, Some(port), None) => {
+                let host = self.host.as_deref().filter(|h| !h.is_empty()).unwrap_or(host);
+                self.tcp(host, port).await
             }
-            let last = v.get("to").and_then(Value::as_u64).unwrap_or(0);
-            let more: Vec<_> = found
-                .iter()
-                .flat_map(|a| {
-                    (u64::from(a.port()) + 1..=last)
-                        .map(|p| SocketAddr::new(a.ip(), u16::try_from(p).unwrap_or(u16::MAX)))
-                })
-                .collect();
-            found.extend(more);
-            Ok(Address::Tcp(found))
+            (None, None, Some(fd)) => {
+                let number = fd.parse().map_err(|_| {
+                    Error::invalid(format!(
+                        "'{fd}' is no descriptor: give the number of one that this program was \
+                         started with"
+                    ))
+                })?;
+                Ok(Address::Passed(number))
+            }
+            _ => Err(Error::invalid("a socket needs one of 'path', 'port' (with 'host') and 'fd'")),
         }
-        other => Err(Error::unsupported(format!(
-            "sockets of type '{}' are not offered by this version: use unix or inet",
-            other.unwrap_or_default()
-        ))),
+    }
+
+    async fn tcp(&self, host: &str, port: &str) -> Result<Address> {
+        if self.mptcp {
+            return Err(Error::unsupported("mptcp=on is not offered by this version"));
+        }
+        let mut list = resolve(host, port, self.numeric).await?;
+        // Without a host the sockets of IPv6 take clients of both kinds, unless one is named.
+        if host.is_empty() && self.ipv4 == Some(true) && self.ipv6 != Some(true) {
+            list = resolve("0.0.0.0", port, true).await?;
+        }
+        if self.ipv4 == Some(false) || self.ipv6 == Some(true) {
+            list.retain(SocketAddr::is_ipv6);
+        }
+        if self.ipv6 == Some(false) || self.ipv4 == Some(true) {
+            list.retain(SocketAddr::is_ipv4);
+        }
+        if let Some(last) = self.to {
+            let more = |a: &SocketAddr| {
+                let ip = a.ip();
+                (a.port().saturating_add(1)..=last).map(move |p| SocketAddr::new(ip, p))
+            };
+            let further: Vec<_> = list.iter().flat_map(more).collect();
+            list.extend(further);
+        }
+        Ok(Address::Tcp { list, keep_alive: self.keep_alive })
     }
 }
 
-/// Listens on the first of these addresses that works.
-pub async fn listen(list: &[SocketAddr]) -> Result<Listener> {
-    let mut last = Err(Error::invalid("the address names no host"));
-    for a in list {
-        last = Listener::tcp(*a).await;
-        if last.is_ok() {
-            break;
-        }
+/// A SocketAddress, flat (`{"type": "unix", "path": ...}`) or legacy (members under `data`).
+pub async fn read(mut v: Map<String, Value>) -> Result<Address> {
+    // What each kind may have was checked by the schema.
+    v.remove("type");
+    if let Some(Value::Object(data)) = v.remove("data") {
+        v = data;
     }
-    last
+    let members: Members = serde_json::from_value(Value::Object(v))
+        .map_err(|e| Error::invalid(format!("socket address: {e}")))?;
+    members.address("").await
 }

@@ -1,8 +1,7 @@
 //! Character devices: what a monitor speaks over.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,7 +12,8 @@ use gipfel_io::{Task, spawn_local};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Daemon, address, monitor};
+use super::address::Members;
+use super::{Daemon, monitor};
 
 /// Connections to one character device at once.
 const MAX_CLIENTS: usize = 64;
@@ -21,34 +21,37 @@ const MAX_CLIENTS: usize = 64;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 struct Options {
     backend: String,
     id: String,
-    path: Option<PathBuf>,
-    r#abstract: Option<bool>,
-    host: Option<String>,
-    port: Option<String>,
     server: Option<bool>,
     wait: Option<bool>,
-    fd: Option<String>,
+    #[serde(flatten)]
+    socket: Members,
 }
 
 /// The character devices of a daemon, and who uses them.
 #[derive(Default)]
 pub struct Chardevs {
+    background: Cell<bool>,
     known: RefCell<BTreeMap<String, (Options, bool)>>,
     tasks: RefCell<Vec<Task<()>>>,
 }
 
 impl Chardevs {
+    /// Says whether the daemon is going to leave its terminal.
+    pub fn set_background(&self, yes: bool) {
+        self.background.set(yes);
+    }
+
     /// Notes a character device (ChardevOptions). It is opened when a monitor uses it.
     pub fn add(&self, options: Value) -> Result<()> {
         let o: Options =
             serde_json::from_value(options).map_err(|e| Error::invalid(e.to_string()))?;
-        if o.fd.is_some() || o.r#abstract == Some(true) {
-            return Err(Error::unsupported(
-                "inherited descriptors and abstract sockets are not offered by this version",
+        if o.backend == "stdio" && self.background.get() {
+            return Err(Error::invalid(
+                "standard input and output do not go to the background: use a socket, or leave \
+                 --daemonize out",
             ));
         }
         let mut known = self.known.borrow_mut();
@@ -58,6 +61,14 @@ impl Chardevs {
         }
         known.insert(o.id.clone(), (o, false));
         Ok(())
+    }
+
+    /// Takes no clients any more.
+    pub async fn close(&self) {
+        let tasks = self.tasks.take();
+        for t in tasks {
+            t.cancel().await;
+        }
     }
 
     /// Runs a monitor on the character device `id`.
@@ -76,24 +87,23 @@ impl Chardevs {
         };
         if options.backend == "stdio" {
             let stream = Stream::stdio()?;
-            let d = daemon.clone();
-            let task = spawn_local(async move {
-                monitor::serve(d.clone(), stream, pretty).await;
-            });
+            let task = spawn_local(monitor::serve(daemon.clone(), stream, pretty));
             self.tasks.borrow_mut().push(task);
             return Ok(());
         }
         if options.server == Some(true) {
-            let listener = listen(&options).await?;
+            let listener = Listener::bind(&options.socket.address("").await?).await?;
             if options.wait != Some(false) {
-                let first = listener.accept().await?;
-                spawn_local(monitor::serve(daemon.clone(), first, pretty)).detach();
+                let Some(first) = daemon.unless_ended(listener.accept()).await else {
+                    return Ok(());
+                };
+                spawn_local(monitor::serve(daemon.clone(), first?, pretty)).detach();
             }
             let task = spawn_local(accept(daemon.clone(), listener, pretty));
             self.tasks.borrow_mut().push(task);
             return Ok(());
         }
-        let stream = connect(&options).await?;
+        let stream = Stream::connect(&options.socket.address("localhost").await?).await?;
         spawn_local(monitor::serve(daemon.clone(), stream, pretty)).detach();
         Ok(())
     }
@@ -101,6 +111,7 @@ impl Chardevs {
 
 async fn accept(daemon: Rc<Daemon>, listener: Listener, pretty: bool) {
     let clients = Rc::new(());
+    daemon.is_ready().await;
     loop {
         match listener.accept().await {
             Ok(stream) if Rc::strong_count(&clients) <= MAX_CLIENTS => {
@@ -115,37 +126,4 @@ async fn accept(daemon: Rc<Daemon>, listener: Listener, pretty: bool) {
             Err(_) => sleep(ACCEPT_PAUSE).await,
         }
     }
-}
-
-async fn listen(o: &Options) -> Result<Listener> {
-    match (&o.path, &o.host, &o.port) {
-        (Some(p), None, None) => Listener::unix(p).await,
-        (None, host, Some(port)) => {
-            let host = host.as_deref().unwrap_or_default();
-            address::listen(&gipfel_io::net::resolve(host, port).await?).await
-        }
-        _ => Err(both_or_neither()),
-    }
-}
-
-async fn connect(o: &Options) -> Result<Stream> {
-    match (&o.path, &o.host, &o.port) {
-        (Some(p), None, None) => Stream::connect_unix(p).await,
-        (None, host, Some(port)) => {
-            let host = host.as_deref().unwrap_or("localhost");
-            let mut last = Err(Error::invalid(format!("'{host}' has no address")));
-            for a in gipfel_io::net::resolve(host, port).await? {
-                last = Stream::connect_tcp(a).await;
-                if last.is_ok() {
-                    break;
-                }
-            }
-            last
-        }
-        _ => Err(both_or_neither()),
-    }
-}
-
-fn both_or_neither() -> Error {
-    Error::invalid("a socket needs either 'path' or 'port' (and 'host')")
 }

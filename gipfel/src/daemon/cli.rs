@@ -14,7 +14,8 @@ const ORDERED: [(&str, &str, &str, Make); 6] = [
     (
         "blockdev",
         "OPTIONS",
-        "Add a block node: [driver=]DRIVER,node-name=NAME[,...], or JSON",
+        "Add a block node: [driver=]DRIVER,node-name=NAME[,...], or JSON; \
+         help, or DRIVER,help, tells more",
         Setup::Blockdev,
     ),
     (
@@ -34,13 +35,15 @@ const ORDERED: [(&str, &str, &str, Make); 6] = [
         "nbd-server",
         "OPTIONS",
         "Start the NBD server: addr.type=unix,addr.path=PATH or \
-         addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]",
+         addr.type=inet,addr.host=HOST,addr.port=PORT or addr.type=fd,addr.str=NUMBER \
+         [,max-connections=N]",
         Setup::NbdServer,
     ),
     (
         "object",
         "OPTIONS",
-        "Make an object: [qom-type=]throttle-group,id=ID,limits.iops-total=N or iothread,id=ID",
+        "Make an object: [qom-type=]throttle-group,id=ID,limits.iops-total=N or iothread,id=ID; \
+         help, or TYPE,help, tells more",
         Setup::Object,
     ),
 ];
@@ -56,7 +59,8 @@ Examples:
       --chardev socket,id=qmp,path=qmp.sock,server=on,wait=off --monitor qmp
 
 Options are carried out in the order in which they are given. The program runs until the
-QMP command quit, SIGTERM, SIGINT or SIGHUP.";
+QMP command quit, SIGTERM, SIGINT or SIGHUP. A socket that the starting program has opened
+already is named by its number: --chardev socket,fd=3,server=on,...";
 
 /// The definition of the command line.
 pub fn command(name: &'static str) -> Command {
@@ -80,13 +84,23 @@ pub fn command(name: &'static str) -> Command {
             .long("pidfile")
             .value_name("PATH")
             .value_parser(value_parser!(PathBuf))
-            .help("Write the process id there once everything is set up"),
+            .help(
+                "Write the process id there once all is set up; one daemon at a time has the file",
+            ),
     )
     .arg(
         Arg::new("daemonize")
             .long("daemonize")
             .action(ArgAction::SetTrue)
-            .help("Go to the background once everything is set up"),
+            .help("Go to the background, and end the starting process once all is set up"),
+    )
+    .arg(
+        Arg::new("trace")
+            .long("trace")
+            .short('T')
+            .value_name("OPTIONS")
+            .action(ArgAction::Append)
+            .hide(true),
     )
     .arg(
         Arg::new("io-threads")
@@ -99,11 +113,8 @@ pub fn command(name: &'static str) -> Command {
 
 /// What the command line asks for.
 pub fn config(m: &ArgMatches) -> Result<Config> {
-    if m.get_flag("daemonize") {
-        return Err(Error::unsupported(
-            "--daemonize is not offered by this version: start it in the background yourself, \
-             with --pidfile to know when it is ready",
-        ));
+    if m.contains_id("trace") {
+        return Err(Error::unsupported("this version traces nothing: leave --trace out"));
     }
     let mut found: Vec<(usize, Setup)> = Vec::new();
     for (name, _, _, make) in ORDERED {
@@ -115,6 +126,7 @@ pub fn config(m: &ArgMatches) -> Result<Config> {
     Ok(Config {
         setup: found.into_iter().map(|(_, s)| s).collect(),
         pidfile: m.get_one::<PathBuf>("pidfile").cloned(),
+        daemonize: m.get_flag("daemonize"),
         io_threads: m
             .get_one::<u16>("io-threads")
             .map_or_else(default_io_threads, |n| usize::from(*n)),

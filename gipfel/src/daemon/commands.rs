@@ -199,7 +199,7 @@ pub async fn nbd_server_start(d: &Rc<Daemon>, mut a: Args) -> Result<()> {
     if let Some(s) = a.get("handshake-max-seconds").and_then(Value::as_u64) {
         options.handshake_limit = Duration::from_secs(s);
     }
-    d.exports.start_nbd(addr, options).await.map(drop)
+    d.exports.start_nbd(&addr, options).await.map(drop)
 }
 
 #[derive(Deserialize)]

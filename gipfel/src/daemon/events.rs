@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::rc::{Rc, Weak};
 
 use event_listener::Event;
+use gipfel_io::net::Stream;
 use gipfel_io::time::{sleep, timeout, wall_clock};
 use gipfel_qmp::{Outgoing, Schema, Timestamp};
 use serde_json::Value;
@@ -15,8 +16,8 @@ const MAX_QUEUED: usize = 4 << 20;
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// The lines that wait to be sent to one client.
-#[derive(Default)]
 pub struct Outbox {
+    stream: Stream,
     pretty: bool,
     lines: RefCell<VecDeque<String>>,
     bytes: Cell<usize>,
@@ -27,13 +28,25 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Nothing to be sent yet; messages will be indented for people if `pretty`.
-    pub fn new(pretty: bool) -> Outbox {
-        Outbox { pretty, ..Outbox::default() }
+    /// Nothing to be sent on `stream` yet; messages will be indented for people if `pretty`.
+    pub fn new(stream: Stream, pretty: bool) -> Outbox {
+        Outbox {
+            stream,
+            pretty,
+            lines: RefCell::default(),
+            bytes: Cell::new(0),
+            sending: Cell::new(false),
+            changed: Event::new(),
+            closed: Cell::new(false),
+            negotiated: Cell::new(false),
+        }
     }
 
     /// Adds a message.
     pub fn push(&self, message: &Outgoing) {
+        if self.closed.get() {
+            return;
+        }
         let line = message.text(self.pretty);
         self.bytes.set(self.bytes.get() + line.len());
         self.lines.borrow_mut().push_back(line);
@@ -45,10 +58,23 @@ impl Outbox {
         self.negotiated.set(true);
     }
 
-    /// Nothing is sent any more.
+    /// Nothing is added any more; what waits is still sent.
     pub fn close(&self) {
         self.closed.set(true);
         self.changed.notify(usize::MAX);
+    }
+
+    /// Ends the connection at once, and forgets what waits.
+    pub fn cut_off(&self) {
+        self.lines.borrow_mut().clear();
+        self.bytes.set(0);
+        self.close();
+        self.stream.shutdown();
+    }
+
+    /// Whether the connection is at its end.
+    pub fn is_closed(&self) -> bool {
+        self.closed.get()
     }
 
     /// The next line, after waiting for it; `None` at the end.
@@ -121,7 +147,7 @@ impl Events {
                 continue;
             }
             if b.bytes.get() > MAX_QUEUED {
-                b.close();
+                b.cut_off();
             } else {
                 b.push(&message);
             }

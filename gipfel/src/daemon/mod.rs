@@ -9,13 +9,17 @@ mod monitor;
 pub mod objects;
 
 use std::cell::Cell;
+use std::future::Future;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 use event_listener::Event;
 use gipfel_base::{Error, Result, ResultExt};
 use gipfel_exports::Exports;
 use gipfel_graph::Graph;
+use gipfel_io::process::{Background, PidFile, raise_descriptor_limit};
 use gipfel_io::signals::Signals;
 use gipfel_io::{Runtime, spawn_local};
 use gipfel_jobs::Jobs;
@@ -47,6 +51,8 @@ pub struct Daemon {
     commands: Registry<Rc<Daemon>>,
     schema: &'static Schema,
     chardevs: chardev::Chardevs,
+    ready: Cell<bool>,
+    got_ready: Event,
     end: Cell<Option<&'static str>>,
     ended: Event,
 }
@@ -75,6 +81,8 @@ pub struct Config {
     pub setup: Vec<Setup>,
     /// Where the process id is written.
     pub pidfile: Option<PathBuf>,
+    /// Whether the daemon goes to the background once it is set up.
+    pub daemonize: bool,
     /// Number of I/O threads.
     pub io_threads: usize,
 }
@@ -107,6 +115,8 @@ impl Daemon {
             commands,
             schema,
             chardevs: chardev::Chardevs::default(),
+            ready: Cell::new(true),
+            got_ready: Event::new(),
             end: Cell::new(None),
             ended: Event::new(),
         }))
@@ -114,46 +124,20 @@ impl Daemon {
 
     /// Carries out one option of the command line.
     pub async fn set_up(self: &Rc<Self>, s: &Setup) -> Result<()> {
-        let read = |ty, text: &str, implied| self.option(ty, text, implied);
+        let (name, ty, implied, text) = s.parts();
+        let at = || name;
+        let style = Style { implied, switches: matches!(s, Setup::Chardev(_)) };
+        let v = match self.schema.read_option(ty, text, style).at(at)? {
+            Value::Object(m) => m,
+            _ => return Err(Error::invalid("give key=value pairs or a JSON object").context(name)),
+        };
         match s {
-            Setup::Object(t) => {
-                let v = read("ObjectOptions", t, Some("qom-type")).at(|| "--object")?;
-                commands::object_add(self, v).at(|| "--object")
-            }
-            Setup::Blockdev(t) => {
-                let v = read("BlockdevOptions", t, Some("driver")).at(|| "--blockdev")?;
-                self.graph.blockdev_add(v).await.at(|| "--blockdev")
-            }
-            Setup::NbdServer(t) => {
-                let v = read("NbdServerOptions", t, None).at(|| "--nbd-server")?;
-                commands::nbd_server_start(self, v).await.at(|| "--nbd-server")
-            }
-            Setup::Export(t) => {
-                let v = read("BlockExportOptions", t, Some("type")).at(|| "--export")?;
-                commands::export_add(self, v).await.at(|| "--export")
-            }
-            Setup::Chardev(t) => {
-                let style = Style { implied: Some("backend"), switches: true };
-                let v = self.schema.read_option("ChardevOptions", t, style);
-                self.chardevs.add(v.at(|| "--chardev")?).at(|| "--chardev")
-            }
-            Setup::Monitor(t) => {
-                let v = read("MonitorOptions", t, Some("chardev")).at(|| "--monitor")?;
-                self.add_monitor(v).await.at(|| "--monitor")
-            }
-        }
-    }
-
-    fn option(
-        &self,
-        ty: &str,
-        text: &str,
-        implied: Option<&'static str>,
-    ) -> Result<Map<String, Value>> {
-        let style = Style { implied, switches: false };
-        match self.schema.read_option(ty, text, style)? {
-            Value::Object(m) => Ok(m),
-            _ => Err(Error::invalid("options must be key=value pairs or a JSON object")),
+            Setup::Object(_) => commands::object_add(self, v).at(at),
+            Setup::Blockdev(_) => self.graph.blockdev_add(v).await.at(at),
+            Setup::NbdServer(_) => commands::nbd_server_start(self, v).await.at(at),
+            Setup::Export(_) => commands::export_add(self, v).await.at(at),
+            Setup::Chardev(_) => self.chardevs.add(Value::Object(v)).at(at),
+            Setup::Monitor(_) => self.add_monitor(v).await.at(at),
         }
     }
 
@@ -161,6 +145,30 @@ impl Daemon {
         let chardev = v.get("chardev").and_then(Value::as_str).unwrap_or_default();
         let pretty = v.get("pretty").and_then(Value::as_bool).unwrap_or(false);
         self.chardevs.start(self, chardev, pretty).await
+    }
+
+    /// Lets clients of all kinds wait until [`Daemon::let_in`].
+    fn hold(&self) {
+        self.ready.set(false);
+        self.exports.hold();
+    }
+
+    /// Everything is set up: lets clients in.
+    fn let_in(&self) {
+        self.ready.set(true);
+        self.got_ready.notify(usize::MAX);
+        self.exports.let_in();
+    }
+
+    /// Waits until everything is set up.
+    async fn is_ready(&self) {
+        while !self.ready.get() {
+            let l = self.got_ready.listen();
+            if self.ready.get() {
+                return;
+            }
+            l.await;
+        }
     }
 
     /// Asks the daemon to end; `reason` is a ShutdownCause.
@@ -181,37 +189,88 @@ impl Daemon {
         }
     }
 
+    /// The outcome of `f`, unless the daemon is asked to end before.
+    async fn unless_ended<T>(&self, f: impl Future<Output = T>) -> Option<T> {
+        let (mut f, mut end) = (pin!(f), pin!(self.quit_asked()));
+        std::future::poll_fn(|cx| match f.as_mut().poll(cx) {
+            Poll::Ready(v) => Poll::Ready(Some(v)),
+            Poll::Pending => end.as_mut().poll(cx).map(|_| None),
+        })
+        .await
+    }
+
     /// Ends all clients and writes back everything.
     pub async fn close(self: &Rc<Self>) -> Result<()> {
+        self.chardevs.close().await;
         let exports = self.exports.close().await;
         let graph = self.graph.close_all().await;
         exports.and(graph)
     }
 }
 
-/// Runs a daemon to its end. `ready` is called when everything is set up.
-pub fn run(config: &Config, ready: impl FnOnce() -> Result<()>) -> Result<()> {
+impl Setup {
+    /// The name of the option, the type of its value, the key of a bare first value, the value.
+    fn parts(&self) -> (&'static str, &'static str, Option<&'static str>, &str) {
+        match self {
+            Setup::Object(t) => ("--object", "ObjectOptions", Some("qom-type"), t),
+            Setup::Blockdev(t) => ("--blockdev", "BlockdevOptions", Some("driver"), t),
+            Setup::NbdServer(t) => ("--nbd-server", "NbdServerOptions", None, t),
+            Setup::Export(t) => ("--export", "BlockExportOptions", Some("type"), t),
+            Setup::Chardev(t) => ("--chardev", "ChardevOptions", Some("backend"), t),
+            Setup::Monitor(t) => ("--monitor", "MonitorOptions", Some("chardev"), t),
+        }
+    }
+
+    /// The help that this option asks for, if it does.
+    fn help(&self) -> Result<Option<String>> {
+        let (name, ty, _, text) = self.parts();
+        Schema::builtin()?.option_help(ty, text).at(|| name)
+    }
+}
+
+/// Runs a daemon to its end.
+pub fn run(config: &Config) -> Result<()> {
+    for s in &config.setup {
+        if let Some(text) = s.help()? {
+            print!("{text}");
+            return Ok(());
+        }
+    }
+    // Before anything that a child would not have: threads, locks, rings.
+    let background = config.daemonize.then(Background::start).transpose()?;
     let signals = Signals::take(&gipfel_io::signals::TERMINATION)?;
+    raise_descriptor_limit();
     let runtime = Runtime::new(config.io_threads.max(1))?;
     runtime.block_on(async {
         let daemon = Daemon::new(&runtime)?;
-        for s in &config.setup {
-            if let Err(e) = daemon.set_up(s).await {
-                // What was set up before is written back as at any other end.
-                return match daemon.close().await {
-                    Ok(()) => Err(e),
-                    Err(c) => Err(e.context(format!("at the end: {c}"))),
-                };
-            }
-        }
-        let pidfile = config.pidfile.as_deref().map(PidFile::write).transpose()?;
-        ready()?;
+        daemon.chardevs.set_background(config.daemonize);
+        daemon.hold();
         let by_signal = daemon.clone();
         let watch = spawn_local(async move {
             if signals.next().await.is_ok() {
                 by_signal.quit("host-signal");
             }
         });
+        let set_up = async {
+            for s in &config.setup {
+                daemon.set_up(s).await?;
+                if daemon.end.get().is_some() {
+                    return Ok(None);
+                }
+            }
+            let pidfile = config.pidfile.as_deref().map(PidFile::write).transpose()?;
+            background.map(Background::ready).transpose()?;
+            daemon.let_in();
+            Ok(pidfile)
+        };
+        let pidfile = match set_up.await {
+            Ok(p) => p,
+            // What was set up before is written back as at any other end.
+            Err(e) => match daemon.close().await {
+                Ok(()) => return Err(e),
+                Err(c) => return Err(Error::context(e, format!("at the end: {c}"))),
+            },
+        };
         let reason = daemon.quit_asked().await;
         watch.cancel().await;
         let shutdown = json!({ "guest": false, "reason": reason });
@@ -221,22 +280,4 @@ pub fn run(config: &Config, ready: impl FnOnce() -> Result<()>) -> Result<()> {
         drop(pidfile);
         closed
     })?
-}
-
-/// A file with the process id, removed at the end.
-struct PidFile(PathBuf);
-
-impl PidFile {
-    fn write(path: &std::path::Path) -> Result<PidFile> {
-        let at = || format!("pid file '{}'", path.display());
-        std::fs::write(path, format!("{}\n", std::process::id())).at(at)?;
-        Ok(PidFile(path.to_owned()))
-    }
-}
-
-impl Drop for PidFile {
-    fn drop(&mut self) {
-        // Gone already is as good.
-        let _ = std::fs::remove_file(&self.0);
-    }
 }

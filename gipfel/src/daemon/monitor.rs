@@ -13,9 +13,10 @@ use super::{Daemon, version};
 /// Bytes received at once.
 const RECEIVE: usize = 16 << 10;
 
-/// Serves one client to its end.
+/// Serves one client to its end, once the daemon is set up.
 pub async fn serve(daemon: Rc<Daemon>, stream: Stream, pretty: bool) {
-    let outbox = Rc::new(Outbox::new(pretty));
+    daemon.is_ready().await;
+    let outbox = Rc::new(Outbox::new(stream.clone(), pretty));
     daemon.events.add(&outbox);
     outbox.push(&Session::greeting(&version()));
     let writer = spawn_local(write(stream.clone(), outbox.clone()));
@@ -34,8 +35,7 @@ async fn write(stream: Stream, outbox: Rc<Outbox>) {
         let sent: Result<()>;
         (sent, message) = stream.send(message).await;
         if sent.is_err() {
-            outbox.close();
-            stream.shutdown();
+            outbox.cut_off();
             return;
         }
     }
@@ -70,6 +70,9 @@ async fn read(daemon: &Rc<Daemon>, stream: &Stream, outbox: &Rc<Outbox>) -> Resu
                 }
             }
             outbox.room().await;
+            if outbox.is_closed() {
+                return Ok(());
+            }
         }
     }
 }

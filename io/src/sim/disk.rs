@@ -1,9 +1,9 @@
 //! A simulated file: what readers see, what is durable, and what lies between.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use gipfel_base::{ByteRange, Result};
+use gipfel_base::{ByteRange, Error, Result};
 
 use super::{IoKind, Rng, world};
 use crate::buf::Buf;
@@ -45,6 +45,50 @@ struct State {
 pub(crate) struct Disk {
     path: PathBuf,
     state: Mutex<State>,
+}
+
+/// A simulated file as one opening of it sees it. Clones share it.
+#[derive(Clone)]
+pub(crate) struct Opened {
+    disk: Arc<Disk>,
+    /// What is demanded of offsets and lengths, in bytes.
+    align: u32,
+}
+
+impl Opened {
+    pub(crate) fn new(disk: Arc<Disk>, align: u32) -> Opened {
+        Opened { disk, align }
+    }
+
+    fn check(&self, what: &str, offset: u64, len: usize) -> Result<()> {
+        let r = ByteRange::new(offset, len as u64);
+        if r.is_aligned(u64::from(self.align)) {
+            return Ok(());
+        }
+        // The number of the system's EINVAL, as direct I/O answers it.
+        Err(Error::os(22, self.disk.at(what, r)))
+    }
+
+    pub(crate) async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
+        self.check("read of", offset, buf.len())?;
+        self.disk.read(offset, buf).await
+    }
+
+    pub(crate) async fn write(&self, offset: u64, buf: Buf) -> Result<()> {
+        self.check("write of", offset, buf.len())?;
+        self.disk.write(offset, buf).await
+    }
+
+    pub(crate) fn info(&self) -> FileInfo {
+        FileInfo { offset_align: self.align, ..self.disk.info() }
+    }
+}
+
+impl std::ops::Deref for Opened {
+    type Target = Disk;
+    fn deref(&self) -> &Disk {
+        &self.disk
+    }
 }
 
 const EXTENT: usize = 4096;
@@ -109,7 +153,7 @@ impl Disk {
         format!("'{}': {what} {r:?}", self.path.display())
     }
 
-    pub(crate) async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
+    async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
         let r = ByteRange::new(offset, buf.len() as u64);
         world().io(IoKind::Read, || self.at("read of", r)).await?;
         let s = self.state();
@@ -145,7 +189,7 @@ impl Disk {
         Ok(())
     }
 
-    pub(crate) async fn write(&self, offset: u64, buf: Buf) -> Result<()> {
+    async fn write(&self, offset: u64, buf: Buf) -> Result<()> {
         let r = ByteRange::new(offset, buf.len() as u64);
         self.change("write of", r, Change::Write(offset, buf.to_vec())).await
     }
@@ -209,7 +253,7 @@ impl Disk {
         }
     }
 
-    pub(crate) fn info(&self) -> FileInfo {
+    fn info(&self) -> FileInfo {
         let len = self.state().seen.len() as u64;
         let mut hash = 0u64;
         for b in self.path.as_os_str().as_encoded_bytes() {

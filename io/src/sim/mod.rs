@@ -18,8 +18,8 @@ use std::time::Duration;
 use event_listener::Event;
 use gipfel_base::{Error, ErrorKind, Result};
 
-pub(crate) use disk::Disk;
 pub use disk::Keep;
+pub(crate) use disk::{Disk, Opened};
 pub(crate) use pipe::PipeEnd;
 
 use crate::exec;
@@ -92,6 +92,7 @@ pub struct World {
     crashed: Cell<bool>,
     crash_event: Event,
     slowest: Cell<u64>,
+    direct_align: Cell<u32>,
 }
 
 impl World {
@@ -108,6 +109,7 @@ impl World {
             crashed: Cell::new(false),
             crash_event: Event::new(),
             slowest: Cell::new(200_000),
+            direct_align: Cell::new(1),
         })
     }
 
@@ -125,6 +127,12 @@ impl World {
     /// The longest an I/O takes (200 microseconds at first); each takes a random time up to it.
     pub fn set_slowest_io(&self, d: Duration) {
         self.slowest.set(d.as_nanos() as u64);
+    }
+
+    /// What files opened for direct I/O from now on demand of offsets and lengths, in bytes (1 at
+    /// first).
+    pub fn set_direct_align(&self, align: u32) {
+        self.direct_align.set(align);
     }
 
     /// Makes or replaces the file `path` with these durable contents.
@@ -194,7 +202,12 @@ impl World {
         self.rng.borrow_mut().below(n as u64) as usize
     }
 
-    pub(crate) async fn open(&self, path: &Path, o: OpenOptions) -> Result<Arc<Disk>> {
+    pub(crate) async fn open(&self, path: &Path, o: OpenOptions) -> Result<Opened> {
+        let align = if o.direct { self.direct_align.get() } else { 1 };
+        self.find(path, o).map(|d| Opened::new(d, align))
+    }
+
+    fn find(&self, path: &Path, o: OpenOptions) -> Result<Arc<Disk>> {
         let at = || format!("opening '{}'", path.display());
         let mut files = self.files.borrow_mut();
         match files.get(path) {

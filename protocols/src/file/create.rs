@@ -11,6 +11,7 @@ use gipfel_io::{Buf, File, OpenOptions};
 use gipfel_node::{CreateArgs, Perm, Perms};
 use serde::Deserialize;
 
+use super::MAX_SIZE;
 use super::lock::{Locks, Use};
 
 /// What is written of the space in advance.
@@ -42,8 +43,6 @@ struct Options {
     extent_size_hint: Option<u64>,
 }
 
-/// Largest file that the system can have, in bytes.
-const MAX_SIZE: u64 = i64::MAX as u64;
 /// Zeros are written in pieces of this size, in bytes.
 const PIECE: u64 = 1 << 20;
 

@@ -2,18 +2,22 @@
 //!
 //! Plain requests are only mapped here; the runner carries them out. What the driver does itself
 //! is the rest: growing, direct I/O that is not aligned ([`direct`]), zeros and discard
-//! ([`space`]), locks against other processes ([`lock`]), creating ([`create`]). Options are
-//! those of BlockdevOptionsFile in the QMP reference.
+//! ([`space`]), flushes ([`flush`]), locks against other processes ([`lock`]), creating
+//! ([`create`]). Options are those of BlockdevOptionsFile in the QMP reference.
 
 mod create;
 mod direct;
+mod flush;
 mod lock;
 mod options;
 mod reopen;
 mod space;
+#[cfg(test)]
+mod tests;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result, ResultExt};
 use gipfel_io::{Buf, File, FileKind, OpenOptions, RangeLock};
@@ -24,6 +28,7 @@ use gipfel_node::{
 use serde_json::Value;
 
 use direct::Direct;
+use flush::Flushes;
 use lock::Locks;
 use options::Options;
 use reopen::Flags;
@@ -62,7 +67,7 @@ struct FileDriver {
     /// The data extent that was looked up last.
     extent: Mutex<Option<ByteRange>>,
     space: space::Ability,
-    flush_error: Mutex<Option<Error>>,
+    flushes: Flushes,
 }
 
 async fn open(args: OpenArgs) -> Result<Opened> {
@@ -108,7 +113,7 @@ impl FileDriver {
             locks,
             extent: Mutex::default(),
             space: space::Ability::default(),
-            flush_error: Mutex::default(),
+            flushes: Flushes::default(),
         })
     }
 
@@ -175,27 +180,12 @@ impl FileDriver {
         Ok(())
     }
 
-    async fn flush_file(&self) -> Result<()> {
-        if self.no_flush || !self.flags.writable.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let failed = || self.flush_error.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(e) = &*failed() {
-            return Err(e.clone().context("an earlier flush failed, and with it data were lost"));
-        }
-        let outcome = self.file().sync().await.at(|| self.at());
-        if let Err(e) = &outcome
-            && !self.direct_io
-        {
-            // The kernel forgets dirty pages that it could not write: a later flush would
-            // succeed without them.
-            *failed() = Some(e.clone());
-        }
-        outcome
-    }
-
     async fn resize_file(&self, size: u64) -> Result<()> {
         self.check_writable()?;
+        if size > MAX_SIZE {
+            let text = format!("{size} bytes are more than a file can have ({MAX_SIZE})");
+            return Err(Error::invalid(text).context(self.at()));
+        }
         if self.kind != FileKind::Regular {
             return match self.first.info().await?.len {
                 // A device changes its size by itself; this makes the node see it.
@@ -217,6 +207,9 @@ impl FileDriver {
         Ok(())
     }
 }
+
+/// Largest file that the system can have, in bytes.
+const MAX_SIZE: u64 = i64::MAX as u64;
 
 const EPERM: i32 = 1;
 const EACCES: i32 = 13;

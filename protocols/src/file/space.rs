@@ -62,10 +62,8 @@ impl FileDriver {
         let inside = self.size().clamp(range.start(), range.end());
         let (inside, past) =
             (ByteRange::between(range.start(), inside), ByteRange::between(inside, range.end()));
-        if flags.unmap && self.flags.unmap.load(Ordering::Relaxed) && !inside.is_empty() {
-            self.zero_as(inside, ZeroMode::Unmap).await?;
-        } else if !inside.is_empty() {
-            self.zero_keeping(inside, flags).await?;
+        if !inside.is_empty() {
+            self.zero_inside(inside, flags).await?;
         }
         if !past.is_empty() {
             // What lies past the end reads as zeros once the file is longer.
@@ -77,6 +75,16 @@ impl FileDriver {
         }
         self.forget_extent(range);
         Ok(())
+    }
+
+    async fn zero_inside(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        if flags.unmap && self.flags.unmap.load(Ordering::Relaxed) {
+            match self.zero_as(range, ZeroMode::Unmap).await {
+                Err(e) if e.kind() == ErrorKind::Unsupported => {}
+                r => return r,
+            }
+        }
+        self.zero_keeping(range, flags).await
     }
 
     /// Zeros that keep their space, by whatever the file system offers for it.

@@ -132,3 +132,6 @@ impl Driver for Null {
         Box::pin(async { Ok(DriverInfo { allocated: Some(0), ..DriverInfo::default() }) })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,7 @@
 //! and knows no handler.
 
 mod check;
+mod help;
 mod introspect;
 mod markdown;
 mod parse;

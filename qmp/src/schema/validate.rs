@@ -432,7 +432,7 @@ fn wrong_type(wanted: &str, value: &Value) -> Misfit {
     Misfit::new(format!("must be {wanted}, not {given}"))
 }
 
-fn unknown_word<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
+pub(super) fn unknown_word<'a>(word: &str, known: impl Iterator<Item = &'a str>) -> String {
     let known: Vec<&str> = known.collect();
     let shown: String = word.chars().take(64).collect();
     match nearest(word, known.iter().copied()) {
