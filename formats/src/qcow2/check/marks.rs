@@ -7,6 +7,7 @@ use super::Check;
 use super::image::PIECE;
 use super::tables::L1;
 use crate::qcow2::geometry::{MAX_HOST_OFFSET, MAX_L1_BYTES};
+use crate::qcow2::header::Extension;
 
 /// Bytes of a snapshot table entry before its variable part (spec, Snapshot table entry).
 const SNAPSHOT_ENTRY: u64 = 40;
@@ -23,6 +24,12 @@ const MAX_SNAPSHOT_L1: u64 = 1 << 30;
 const EXT_BITMAPS: u32 = 0x2385_2875;
 /// Autoclear feature: the bitmaps extension is consistent.
 const BITMAPS: u64 = 1;
+/// Autoclear feature: the external data file is a raw image.
+const RAW_DATA_FILE: u64 = 2;
+/// Where the header says where the snapshot table lies, in bytes.
+const SNAPSHOTS_AT: u64 = 64;
+/// Where the header's autoclear features lie, in bytes.
+const AUTOCLEAR_AT: u64 = 88;
 /// Bytes of a bitmap directory entry before its variable part.
 const BITMAP_ENTRY: u64 = 24;
 /// Most bitmaps in an image (spec, the note to nb_bitmaps).
@@ -39,6 +46,47 @@ fn be(b: &[u8], at: usize, len: usize) -> u64 {
 }
 
 impl Check {
+    /// Looks at what header fields say of things that the image does not have.
+    pub(super) fn check_header(&mut self) {
+        let h = &self.image.header;
+        let mut faults = Vec::new();
+        let (start, g) = (h.snapshots_offset, h.geometry);
+        if h.snapshots == 0 && (g.in_cluster(start) != 0 || start >= MAX_HOST_OFFSET) {
+            faults.push(format!("header field snapshots_offset is {start:#x}, which is no place"));
+        }
+        if h.autoclear & RAW_DATA_FILE != 0 {
+            faults.push("the header speaks of a raw external data file, but there is none".into());
+        }
+        if h.autoclear & BITMAPS != 0 && self.bitmaps_extension().is_none() {
+            faults.push("the header says that bitmaps are consistent, but there is none".into());
+        }
+        for f in faults {
+            self.needs.header = true;
+            self.fault(self.plan.entries, f);
+        }
+    }
+
+    /// Readies the header for a repair: `fields` are mended, and features that are not known are
+    /// cleared (spec, autoclear_features: whoever writes does so).
+    pub(super) async fn mend_header(&self, fields: bool) -> Result<()> {
+        let h = &self.image.header;
+        let mut known = BITMAPS | RAW_DATA_FILE;
+        if fields {
+            known = if self.bitmaps_extension().is_some() { BITMAPS } else { 0 };
+            if h.snapshots == 0 && h.snapshots_offset != 0 {
+                self.image.write(SNAPSHOTS_AT, &[0; 8]).await?;
+            }
+        }
+        if h.autoclear & !known != 0 {
+            self.image.write(AUTOCLEAR_AT, &(h.autoclear & known).to_be_bytes()).await?;
+        }
+        Ok(())
+    }
+
+    fn bitmaps_extension(&self) -> Option<&Extension> {
+        self.image.header.extensions.iter().find(|e| e.kind == EXT_BITMAPS)
+    }
+
     pub(super) fn mark_active_l1(&mut self) -> Result<()> {
         let (offset, entries) = (self.image.header.l1_offset, self.image.header.l1_size);
         let l1 = L1 { offset, entries: u64::from(entries), active: true };
@@ -52,11 +100,6 @@ impl Check {
     pub(super) async fn mark_snapshots(&mut self) -> Result<()> {
         let (count, start) = (self.image.header.snapshots, self.image.header.snapshots_offset);
         let b = self.image.bounds;
-        if count == 0 && (b.g.in_cluster(start) != 0 || start >= MAX_HOST_OFFSET) {
-            self.needs.forget_snapshots = true;
-            let text = format!("header field snapshots_offset ({start:#x}) is no cluster's");
-            self.fault(self.plan.entries, text);
-        }
         let mut at = 0;
         let mut tables = Vec::new();
         for i in 0..count {
@@ -79,6 +122,9 @@ impl Check {
             at = end;
             tables.push((be(&e, 0, 8), be(&e, 8, 4)));
         }
+        if count == 0 {
+            return Ok(());
+        }
         self.claim(start, at, "the snapshot table")?;
         let mut sum = 0;
         for (i, (offset, entries)) in tables.into_iter().enumerate() {
@@ -95,15 +141,14 @@ impl Check {
 
     /// Goes through the bitmap directory, if it is said to be consistent (spec, Bitmaps).
     pub(super) async fn mark_bitmaps(&mut self) -> Result<()> {
-        let h = &self.image.header;
-        let ext = h.extensions.iter().find(|e| e.kind == EXT_BITMAPS);
-        let Some(ext) = ext.filter(|_| h.autoclear & BITMAPS != 0) else { return Ok(()) };
-        if ext.data.len() != 24 {
-            self.hidden(format!("the bitmaps extension has {} bytes, not 24", ext.data.len()));
+        let consistent = self.image.header.autoclear & BITMAPS != 0;
+        let Some(ext) = self.bitmaps_extension().filter(|_| consistent) else { return Ok(()) };
+        let data = &ext.data;
+        if data.len() != 24 {
+            self.hidden(format!("the bitmaps extension has {} bytes, not 24", data.len()));
             return Ok(());
         }
-        let (count, size) = (be(&ext.data, 0, 4), be(&ext.data, 8, 8));
-        let offset = be(&ext.data, 16, 8);
+        let (count, size, offset) = (be(data, 0, 4), be(data, 8, 8), be(data, 16, 8));
         if count == 0 || count > MAX_BITMAPS || size > MAX_BITMAP_DIRECTORY {
             self.hidden(format!("the bitmap directory has {count} entries in {size} bytes"));
             return Ok(());

@@ -31,14 +31,8 @@ use self::tables::{L1, Table};
 use self::used::{HARD, Used};
 use super::header::{CORRUPT, DIRTY, Header};
 
-/// Where the header says where the snapshot table lies, in bytes.
-const SNAPSHOTS_AT: u64 = 64;
 /// Where the header's incompatible features lie, in bytes.
 const INCOMPATIBLE_AT: u64 = 72;
-/// Where its autoclear features lie, in bytes.
-const AUTOCLEAR_AT: u64 = 88;
-/// Autoclear features whose meaning is known: bitmaps, raw external data.
-const AUTOCLEAR_KNOWN: u64 = 3;
 
 /// What may be changed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -97,7 +91,10 @@ async fn run(file: &Arc<Child>, plan: Plan) -> Result<CheckReport> {
         let mut again = Check::new(Image::open(file.clone()).await?, Plan::default());
         again.scan().await?;
         let left = again.report;
-        report.findings.truncate(CheckReport::MAX_FINDINGS.saturating_sub(left.findings.len()));
+        // What is left matters more than what was found at first.
+        let room = CheckReport::MAX_FINDINGS.saturating_sub(left.findings.len());
+        report.more_findings += report.findings.len().saturating_sub(room) as u64;
+        report.findings.truncate(room);
         for f in &left.findings {
             report.finding(format!("after the repair: {f}"));
         }
@@ -166,8 +163,8 @@ struct Needs {
     mend: bool,
     /// Some entry must get its flag.
     set_flags: bool,
-    /// The header must not say where a snapshot table lies that it does not have.
-    forget_snapshots: bool,
+    /// A field of the header must be changed.
+    header: bool,
 }
 
 impl Check {
@@ -194,6 +191,7 @@ impl Check {
     async fn scan(&mut self) -> Result<()> {
         let g = self.image.bounds.g;
         self.claim(0, g.cluster_size(), "the header")?;
+        self.check_header();
         self.mark_active_l1()?;
         self.mark_snapshots().await?;
         self.mark_bitmaps().await?;
@@ -229,18 +227,11 @@ impl Check {
         let lower = n.lower && self.plan.lower && !rebuild;
         let mend = n.mend && (self.plan.entries || self.plan.flags);
         let set_flags = n.set_flags && self.plan.flags;
-        let forget = n.forget_snapshots && self.plan.entries;
-        if !(rebuild || raise || lower || mend || set_flags || forget) {
+        let header = n.header && self.plan.entries;
+        if !(rebuild || raise || lower || mend || set_flags || header) {
             return Ok(false);
         }
-        let autoclear = self.image.header.autoclear & AUTOCLEAR_KNOWN;
-        if autoclear != self.image.header.autoclear {
-            // Spec, autoclear_features: whoever writes clears what it does not know.
-            self.image.write(AUTOCLEAR_AT, &autoclear.to_be_bytes()).await?;
-        }
-        if forget {
-            self.image.write(SNAPSHOTS_AT, &[0; 8]).await?;
-        }
+        self.mend_header(header).await?;
         if rebuild {
             self.rebuild().await?;
         }
@@ -308,11 +299,11 @@ impl Check {
     /// As [`Check::claim`], but says what is wrong instead of noting it.
     fn try_claim(&mut self, offset: u64, len: u64) -> Result<Option<&'static str>> {
         let b = self.image.bounds;
-        if len == 0 {
-            return Ok(None);
-        }
         if b.g.in_cluster(offset) != 0 {
             return Ok(Some("it is not aligned to clusters"));
+        }
+        if len == 0 {
+            return Ok(None);
         }
         if !b.fit(offset, len) {
             return Ok(Some("it reaches past the end of the file"));

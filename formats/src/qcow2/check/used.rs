@@ -1,6 +1,7 @@
 //! How often each host cluster is used, and what else is known of it: pages of counts that come
 //! into being where something is used, so that a file of many TiB with little in it costs little.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use gipfel_base::{Error, ErrorKind, Result};
@@ -42,10 +43,20 @@ impl Page {
 }
 
 /// The counts of all clusters. Clusters are numbered from the start of the file.
-#[derive(Default)]
 pub(super) struct Used {
-    pages: BTreeMap<u64, Page>,
+    pages: Vec<Page>,
+    /// Where in `pages` the page of a number is.
+    index: BTreeMap<u64, usize>,
+    /// The page looked up last, by number and place: neighbours are asked for one by one.
+    last: Cell<(u64, usize)>,
     memory: u64,
+}
+
+impl Default for Used {
+    fn default() -> Used {
+        let (pages, index) = (Vec::new(), BTreeMap::new());
+        Used { pages, index, last: Cell::new((u64::MAX, 0)), memory: 0 }
+    }
 }
 
 fn place(cluster: u64) -> (u64, usize) {
@@ -68,27 +79,39 @@ impl Used {
         Ok(())
     }
 
-    fn page(&mut self, number: u64) -> Result<&mut Page> {
-        if !self.pages.contains_key(&number) {
-            self.charge(PAGE_MEMORY)?;
-            let zeros = || vec![0; PAGE as usize].into_boxed_slice();
-            self.pages.insert(number, Page { counts: Counts::Narrow(zeros()), flags: zeros() });
+    fn find(&self, number: u64) -> Option<usize> {
+        let (last, at) = self.last.get();
+        if last == number {
+            return Some(at);
         }
-        Ok(self.pages.get_mut(&number).expect("the page is there"))
+        let at = *self.index.get(&number)?;
+        self.last.set((number, at));
+        Some(at)
+    }
+
+    fn find_or_make(&mut self, number: u64) -> Result<usize> {
+        if let Some(at) = self.find(number) {
+            return Ok(at);
+        }
+        self.charge(PAGE_MEMORY)?;
+        let zeros = || vec![0; PAGE as usize].into_boxed_slice();
+        self.pages.push(Page { counts: Counts::Narrow(zeros()), flags: zeros() });
+        let at = self.pages.len() - 1;
+        self.index.insert(number, at);
+        Ok(at)
     }
 
     /// Counts `n` more uses of `cluster`.
     pub(super) fn add(&mut self, cluster: u64, n: u64) -> Result<()> {
         let (number, i) = place(cluster);
-        let page = self.page(number)?;
-        let sum = page.count(i).saturating_add(n);
-        if let (Counts::Narrow(_), true) = (&page.counts, sum > u64::from(u8::MAX)) {
+        let at = self.find_or_make(number)?;
+        let sum = self.pages[at].count(i).saturating_add(n);
+        if let (Counts::Narrow(c), true) = (&self.pages[at].counts, sum > u64::from(u8::MAX)) {
+            let wide = c.iter().map(|n| u64::from(*n)).collect();
             self.charge(WIDE_MEMORY)?;
-            let page = self.page(number)?;
-            let wide = (0..PAGE as usize).map(|i| page.count(i)).collect();
-            page.counts = Counts::Wide(wide);
+            self.pages[at].counts = Counts::Wide(wide);
         }
-        match &mut self.page(number)?.counts {
+        match &mut self.pages[at].counts {
             Counts::Narrow(c) => c[i] = sum as u8,
             Counts::Wide(c) => c[i] = sum,
         }
@@ -98,7 +121,7 @@ impl Used {
     /// Takes back one use of `cluster`.
     pub(super) fn remove(&mut self, cluster: u64) {
         let (number, i) = place(cluster);
-        match self.pages.get_mut(&number).map(|p| &mut p.counts) {
+        match self.find(number).map(|at| &mut self.pages[at].counts) {
             Some(Counts::Narrow(c)) => c[i] = c[i].saturating_sub(1),
             Some(Counts::Wide(c)) => c[i] = c[i].saturating_sub(1),
             None => {}
@@ -108,27 +131,28 @@ impl Used {
     /// How often `cluster` is used.
     pub(super) fn count(&self, cluster: u64) -> u64 {
         let (number, i) = place(cluster);
-        self.pages.get(&number).map_or(0, |p| p.count(i))
+        self.find(number).map_or(0, |at| self.pages[at].count(i))
     }
 
     /// Whether `flag` is set for `cluster`.
     pub(super) fn has(&self, cluster: u64, flag: u8) -> bool {
         let (number, i) = place(cluster);
-        self.pages.get(&number).is_some_and(|p| p.flags[i] & flag != 0)
+        self.find(number).is_some_and(|at| self.pages[at].flags[i] & flag != 0)
     }
 
     /// Sets `flag` for `cluster`, which is used.
     pub(super) fn set(&mut self, cluster: u64, flag: u8) -> Result<()> {
         let (number, i) = place(cluster);
-        self.page(number)?.flags[i] |= flag;
+        let at = self.find_or_make(number)?;
+        self.pages[at].flags[i] |= flag;
         Ok(())
     }
 
     /// The first cluster from `from` on, below `to`, that is used, and how often.
     pub(super) fn next(&self, from: u64, to: u64) -> Option<(u64, u64)> {
-        let mut pages = self.pages.range(from / PAGE..to.div_ceil(PAGE));
-        pages.find_map(|(number, page)| {
-            let first = number * PAGE;
+        let mut pages = self.index.range(from / PAGE..to.div_ceil(PAGE));
+        pages.find_map(|(number, at)| {
+            let (first, page) = (number * PAGE, &self.pages[*at]);
             let low = from.saturating_sub(first).min(PAGE) as usize;
             let high = (to - first).min(PAGE) as usize;
             let i = (low..high).find(|&i| page.count(i) > 0)?;
@@ -138,7 +162,8 @@ impl Used {
 
     /// The number behind the last used cluster.
     pub(super) fn end(&self) -> u64 {
-        let last = self.pages.iter().rev().find_map(|(number, page)| {
+        let last = self.index.iter().rev().find_map(|(number, at)| {
+            let page = &self.pages[*at];
             let i = (0..PAGE as usize).rev().find(|&i| page.count(i) > 0)?;
             Some(number * PAGE + i as u64 + 1)
         });
