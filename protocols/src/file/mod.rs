@@ -21,7 +21,7 @@ use gipfel_node::{
     Ability, Access, Common, Discard, Driver, DriverDef, DriverInfo, IoFuture, Kind, Limits,
     Mapping, OpenArgs, Opened, Perms, Reopen, Status, WriteFlags, ZeroFlags,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use direct::Direct;
 use lock::Locks;
@@ -326,6 +326,7 @@ impl Driver for FileDriver {
             Ok(DriverInfo {
                 filename: Some(self.options.filename.clone()),
                 allocated: Some(i.allocated),
+                specific: Some(json!({ "type": "file", "data": {} })),
                 ..DriverInfo::default()
             })
         })
