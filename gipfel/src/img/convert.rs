@@ -15,7 +15,7 @@ use gipfel_io::signals::{REPORT, Signals, TERMINATION};
 use gipfel_io::{Buf, Handle, Runtime, time};
 use gipfel_node::{Node, Role};
 
-use super::copy::{Copy, Options, Source};
+use super::copy::{Copy, MAX_WORKERS, Options, Source};
 use super::create::{self, New};
 use super::open::{self, Cache, Image, Named};
 use super::options::{self, Asked, Given};
@@ -34,8 +34,6 @@ target that holds part of the disk only.";
 
 /// Pieces under way at once, unless -m says otherwise.
 const WORKERS: usize = 8;
-/// At most.
-const MAX_WORKERS: usize = 16;
 /// Shortest run of zeros that is left out, unless -S says otherwise, in bytes.
 const SHORTEST_HOLE: u64 = 4096;
 /// The most that -S takes, in bytes.

@@ -16,6 +16,8 @@ use gipfel_node::{IoFuture, ZeroFlags};
 
 use super::sparse;
 
+/// Pieces under way at once, at most.
+pub const MAX_WORKERS: usize = 16;
 /// Data are copied in pieces of this size, in bytes, unless longer holes are looked for.
 const PIECE: u64 = MIB;
 /// Zeros are written in pieces of this size, in bytes: few, but not so long that a target that
@@ -65,7 +67,9 @@ pub struct Copy {
     cursor: async_lock::Mutex<Cursor>,
     /// The number of the piece whose writing may begin.
     turn: AtomicU64,
-    turned: Event,
+    /// Told of each turn: the one of the piece's number modulo [`MAX_WORKERS`]. Pieces that wait
+    /// have successive numbers, and there is one for each worker at most.
+    turned: [Event; MAX_WORKERS],
     done: AtomicU64,
     stopped: AtomicBool,
     failed: Mutex<Option<Error>>,
@@ -107,7 +111,7 @@ impl Copy {
             options,
             cursor: async_lock::Mutex::default(),
             turn: AtomicU64::new(0),
-            turned: Event::new(),
+            turned: std::array::from_fn(|_| Event::new()),
             done: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             failed: Mutex::default(),
@@ -120,9 +124,9 @@ impl Copy {
         self.done.load(Ordering::Relaxed) as f64 / len as f64
     }
 
-    /// Copies with `workers` pieces under way, on these threads.
+    /// Copies with `workers` pieces (at most [`MAX_WORKERS`]) under way, on these threads.
     pub async fn run(self: &Arc<Self>, threads: &[Handle], workers: usize) -> Result<()> {
-        let started: Vec<_> = (0..workers)
+        let started: Vec<_> = (0..workers.min(MAX_WORKERS))
             .map(|i| {
                 let copy = self.clone();
                 threads[i % threads.len()].spawn(move || async move { copy.work().await })
@@ -147,7 +151,9 @@ impl Copy {
                 failed.get_or_insert(e);
                 drop(failed);
                 self.stopped.store(true, Ordering::SeqCst);
-                self.turned.notify(usize::MAX);
+                for t in &self.turned {
+                    t.notify(usize::MAX);
+                }
             }
         }
     }
@@ -308,7 +314,7 @@ impl Copy {
             });
             if std::mem::take(&mut first) && !self.options.any_order {
                 self.turn.store(number + 1, Ordering::SeqCst);
-                self.turned.notify(usize::MAX);
+                self.turned_to(number + 1).notify(usize::MAX);
             }
             if writes.is_empty() { Poll::Ready(()) } else { Poll::Pending }
         })
@@ -316,9 +322,13 @@ impl Copy {
         failed.map_or(Ok(()), Err)
     }
 
+    fn turned_to(&self, number: u64) -> &Event {
+        &self.turned[(number % MAX_WORKERS as u64) as usize]
+    }
+
     async fn wait_for_turn(&self, number: u64) -> Result<()> {
         loop {
-            let listener = self.turned.listen();
+            let listener = self.turned_to(number).listen();
             if self.turn.load(Ordering::SeqCst) == number {
                 return Ok(());
             }
