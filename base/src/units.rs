@@ -64,7 +64,7 @@ pub fn parse_size(text: &str) -> Result<u64> {
     u64::try_from(bytes).map_err(|_| large())
 }
 
-/// Writes a size for people: `512 B`, `1.5 GiB`, at most three digits.
+/// Writes a size for people: `512 B`, `1.5 GiB`, three significant digits.
 pub fn human_size(bytes: u64) -> String {
     const NAMES: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut v = bytes as f64;
@@ -80,8 +80,10 @@ pub fn human_size(bytes: u64) -> String {
         0
     } else if v >= 10.0 {
         1
-    } else {
+    } else if v >= 1.0 {
         2
+    } else {
+        3
     };
     let s = format!("{v:.decimals$}");
     let s = if s.contains('.') { s.trim_end_matches('0').trim_end_matches('.') } else { &s };
@@ -103,5 +105,6 @@ mod tests {
         assert_eq!(human_size(1 << 30), "1 GiB");
         assert_eq!(human_size(3 << 29), "1.5 GiB");
         assert_eq!(human_size(511), "511 B");
+        assert_eq!(human_size(1000), "0.977 KiB");
     }
 }

@@ -4,6 +4,7 @@
 mod daemon;
 mod demo;
 mod drivers;
+mod img;
 mod picture;
 mod serve;
 
@@ -24,6 +25,7 @@ fn cli() -> Command {
         .arg_required_else_help(true)
         .subcommand(Command::new("demo").about("Show live snapshots and filters under load"))
         .subcommand(serve::command())
+        .subcommand(img::command("img"))
         .subcommand(daemon::cli::command("storage-daemon"))
 }
 
@@ -36,6 +38,9 @@ fn main() -> ExitCode {
                 let name = "storage-daemon".to_owned();
                 (name, m)
             })
+        }
+        Some("qemu-img") => {
+            img::command("qemu-img").try_get_matches_from(args).map(|m| ("img".to_owned(), m))
         }
         _ => cli().try_get_matches_from(args).map(|m| match m.subcommand() {
             Some((name, m)) => (name.to_owned(), m.clone()),
@@ -62,6 +67,7 @@ fn main() -> ExitCode {
 fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
     match name {
         "demo" => demo::run()?,
+        "img" => return img::run(m),
         "serve" => serve::run(m)?,
         "storage-daemon" => daemon::run(&daemon::cli::config(m)?)?,
         _ => unreachable!("clap knows the subcommands"),

@@ -68,7 +68,7 @@ pub fn nest(flat: Map<String, Value>) -> Map<String, Value> {
 
 /// The file that `name`, written in an image at `image`, means: relative names start at the
 /// image's folder.
-pub(crate) fn relative_to(image: Option<&str>, name: &str) -> String {
+pub fn relative_to(image: Option<&str>, name: &str) -> String {
     if name.starts_with("json:") || scheme(name).is_some_and(|s| s != "file") {
         return name.to_owned();
     }

@@ -23,6 +23,8 @@ pub struct BackendOptions {
     pub writable: bool,
     /// Whether its client may change the size.
     pub resize: bool,
+    /// Whether nobody else may write meanwhile.
+    pub alone: bool,
     /// What it holds on to.
     pub follow: Follow,
     /// The implicit filter copy-on-read.
@@ -229,7 +231,9 @@ fn add_backend(
     if options.resize {
         used = used | Perm::RESIZE;
     }
-    let perms = Perms { used, shared: Perm::ALL };
+    let shared =
+        if options.alone { Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED } else { Perm::ALL };
+    let perms = Perms { used, shared };
     let id = draft.add_backend(|root| {
         let edge = Child::new(format!("{name}.root"), None);
         let live = Backend::new(name.clone(), edge.clone(), options.writable);

@@ -9,6 +9,7 @@ pub mod backend;
 mod create;
 mod filename;
 mod graph;
+mod image;
 pub mod model;
 mod open;
 mod perms;
@@ -20,7 +21,7 @@ mod snapshot;
 mod transaction;
 
 pub use backend::{Backend, Follow};
-pub use filename::nest;
+pub use filename::{nest, relative_to};
 pub use graph::{BackendOptions, Graph};
 pub use model::{BackendId, EdgeId, Model, NodeId};
 pub use registry::{ImplicitFilters, Registry, ZeroDetection};

@@ -92,24 +92,49 @@ fn child(model: &Model, id: NodeId, role: Role) -> Option<NodeId> {
     Some(model.under_side(target))
 }
 
+/// The children in which a node's image lies, the likelier first.
+const STORAGE: [Role; 3] = [Role::Image, Role::Filtered, Role::Data];
+
+/// Options that say how an image is used, not which one it is.
+const UNNAMED: [&str; 7] = [
+    "node-name",
+    "read-only",
+    "auto-read-only",
+    "cache",
+    "discard",
+    "detect-zeroes",
+    "force-share",
+];
+
 /// The file name of a node's image: its own, or that of what lies below.
 async fn filename(model: &Model, id: NodeId, info: &DriverInfo) -> String {
     if let Some(f) = &info.filename {
         return f.clone();
     }
+    // A window of an image (options of format raw) is not that image.
+    let window = |n| ["offset", "size"].iter().any(|k| model.node(n).options.contains_key(*k));
     let mut at = id;
-    while let Some(next) = [Role::Image, Role::Filtered].iter().find_map(|r| child(model, at, *r)) {
+    while !window(at)
+        && let Some(next) = STORAGE.iter().find_map(|r| child(model, at, *r))
+    {
         let below = model.node(next).live.clone();
         if let Ok(DriverInfo { filename: Some(f), .. }) = below.driver().info().await {
             return f;
         }
         at = next;
     }
-    format!("json:{}", Value::Object(model.node(id).options.clone()))
+    let mut options = model.node(id).options.clone();
+    for key in UNNAMED {
+        options.remove(key);
+    }
+    format!("json:{}", Value::Object(options))
 }
 
 /// ImageInfo of one node, its backing image left out.
-async fn image_info(model: &Model, id: NodeId) -> Result<(Map<String, Value>, DriverInfo)> {
+pub(crate) async fn image_info(
+    model: &Model,
+    id: NodeId,
+) -> Result<(Map<String, Value>, DriverInfo)> {
     let node = model.node(id);
     let info = node.live.driver().info().await?;
     let mut m = Map::new();
@@ -118,7 +143,7 @@ async fn image_info(model: &Model, id: NodeId) -> Result<(Map<String, Value>, Dr
     m.insert("virtual-size".into(), node.live.size().into());
     let mut allocated = info.allocated;
     if allocated.is_none()
-        && let Some(c) = child(model, id, Role::Image)
+        && let Some(c) = STORAGE.iter().find_map(|r| child(model, id, *r))
     {
         allocated = model.node(c).live.clone().driver().info().await?.allocated;
     }

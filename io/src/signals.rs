@@ -45,3 +45,6 @@ impl Signals {
 
 /// The signals that ask a process to end: SIGTERM, SIGINT, SIGHUP.
 pub const TERMINATION: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// The signal that asks for a report of progress: SIGUSR1.
+pub const REPORT: i32 = libc::SIGUSR1;

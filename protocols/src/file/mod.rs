@@ -25,7 +25,7 @@ use gipfel_node::{
     Ability, Access, Common, Discard, Driver, DriverDef, DriverInfo, IoFuture, Kind, Limits,
     Mapping, OpenArgs, Opened, Perms, Reopen, Status, WriteFlags, ZeroFlags,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use direct::Direct;
 use flush::Flushes;
@@ -319,6 +319,7 @@ impl Driver for FileDriver {
             Ok(DriverInfo {
                 filename: Some(self.options.filename.clone()),
                 allocated: Some(i.allocated),
+                specific: Some(json!({ "type": "file", "data": {} })),
                 ..DriverInfo::default()
             })
         })

@@ -1,0 +1,378 @@
+//! `img convert`: images copied into a new one (or, with -n, into one that is there).
+
+use std::cell::OnceCell;
+use std::pin::pin;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Arg, ArgMatches, Command};
+use gipfel_base::units::parse_size;
+use gipfel_base::{ByteRange, Error, Result, ResultExt};
+use gipfel_graph::Graph;
+use gipfel_io::signals::{REPORT, Signals, TERMINATION};
+use gipfel_io::{Buf, Handle, Runtime, time};
+use gipfel_node::{Node, Role};
+
+use super::copy::{Copy, MAX_WORKERS, Options, Source};
+use super::create::{self, New};
+use super::open::{self, Cache, Image, Named};
+use super::options::{self, Asked, Given};
+use super::{Either, first_of, text, texts, whole_sectors};
+use crate::daemon::cli::default_io_threads;
+
+const EXAMPLES: &str = "\
+Examples:
+  gipfel img convert -p -O raw disk.qcow2 disk.raw
+  gipfel img convert -f raw -O qcow2 -o cluster_size=128k disk.raw disk.qcow2
+  gipfel img convert -O qcow2 -B base.qcow2 -F qcow2 old.qcow2 new.qcow2
+  gipfel img convert -n -W disk.qcow2 /dev/vg/volume
+
+The target is overwritten, unless it is in use. A copy that fails or is interrupted leaves a
+target that holds part of the disk only.";
+
+/// Pieces under way at once, unless -m says otherwise.
+const WORKERS: usize = 8;
+/// Shortest run of zeros that is left out, unless -S says otherwise, in bytes.
+const SHORTEST_HOLE: u64 = 4096;
+/// The most that -S takes, in bytes.
+const MAX_SHORTEST_HOLE: u64 = 16 << 20;
+/// Bytes by which formats are recognised.
+const PROBED: u64 = 2048;
+/// How often progress is shown.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+/// Options that are known and not offered, with what they would do.
+const MISSING: [(&str, Option<char>, bool, &str); 5] = [
+    ("source-snapshot", Some('l'), true, "copying an internal snapshot"),
+    ("compress", Some('c'), false, "writing compressed images"),
+    ("bitmaps", None, false, "copying bitmaps"),
+    ("skip-broken-bitmaps", None, false, "copying bitmaps"),
+    ("salvage", None, false, "going on after read errors"),
+];
+
+/// The definition of the command line.
+pub fn command() -> Command {
+    let mut c = super::subcommand("convert", "Copy images into a new one", EXAMPLES)
+        .arg(
+            super::value(
+                "format",
+                Some('f'),
+                "FORMAT",
+                "Format of the sources (default: looked at)",
+            )
+            .visible_alias("source-format"),
+        )
+        .arg(
+            super::flag("image-opts", None, "Sources are given as options: driver=...")
+                .visible_alias("source-image-opts"),
+        )
+        .arg(super::flag("force-share", Some('U'), "Read sources that others may be writing"))
+        .arg(super::value(
+            "target-format",
+            Some('O'),
+            "FORMAT",
+            "Format of the target (default: raw)",
+        ))
+        .arg(super::flag("target-image-opts", None, "The target is given as options; needs -n"))
+        .arg(create::options_arg("target-options"))
+        .arg(super::value("backing", Some('B'), "FILE", "Image that the target stands on"))
+        .arg(super::value("backing-format", Some('F'), "FORMAT", "Format of that image"))
+        .arg(super::flag("no-create", Some('n'), "Write into a target that is there"))
+        .arg(super::flag("target-is-zero", None, "The target reads as zeros; needs -n"))
+        .arg(super::value("target-cache", Some('t'), "MODE", "Cache mode (default: unsafe)"))
+        .arg(super::value("source-cache", Some('T'), "MODE", "Cache mode (default: writeback)"))
+        .arg(super::value(
+            "sparse-size",
+            Some('S'),
+            "SIZE",
+            "Shortest run of zeros that is left out (default: 4k); 0 writes everything",
+        ))
+        .arg(super::value("parallel", Some('m'), "N", "Pieces under way at once (default: 8)"))
+        .arg(super::flag("oob-writes", Some('W'), "Writes may begin in any order"))
+        .arg(super::value("rate", Some('r'), "RATE", "Bytes a second at most"))
+        .arg(super::flag(
+            "copy-range-offloading",
+            Some('C'),
+            "Do not search data for zeros (and copy as always)",
+        ))
+        .arg(super::flag("progress", Some('p'), "Show the progress"))
+        .arg(super::flag("quiet", Some('q'), "Print nothing but errors"))
+        .arg(
+            Arg::new("files")
+                .value_name("SOURCE... TARGET")
+                .num_args(0..)
+                .help("The sources, one after the other, and the target"),
+        );
+    for (name, short, takes_value, what) in MISSING {
+        let a = if takes_value {
+            super::value(name, short, "VALUE", what)
+        } else {
+            super::flag(name, short, what)
+        };
+        c = c.arg(a.hide(true));
+    }
+    c
+}
+
+/// What the command line asks for.
+struct Asking<'a> {
+    sources: Vec<Named<'a>>,
+    target: Named<'a>,
+    format: &'a str,
+    new: Option<Given>,
+    on_backing: bool,
+    is_zero: bool,
+    shortest_hole: u64,
+    search: bool,
+    workers: usize,
+    any_order: bool,
+    rate: Option<u64>,
+    progress: bool,
+}
+
+/// Carries out the command.
+pub fn run(m: &ArgMatches) -> Result<ExitCode> {
+    super::refuse_objects(m)?;
+    for (name, _, takes_value, what) in MISSING {
+        if if takes_value { text(m, name).is_some() } else { m.get_flag(name) } {
+            return Err(Error::unsupported(format!("--{name}: {what} is not offered yet")));
+        }
+    }
+    let format = text(m, "target-format").unwrap_or("raw");
+    let given = match options::read(format, texts(m, "target-options"))? {
+        Asked::Help => {
+            super::print(&options::help(format))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Asked::Options(given) => given,
+    };
+    let asking = asking(m, format, given)?;
+    let target = asking.target.name;
+    let mut taken = TERMINATION.to_vec();
+    taken.push(REPORT);
+    let signals = Signals::take(&taken)?;
+    let runtime = Runtime::new(default_io_threads())?;
+    let left = format!("'{target}' holds a part of the disk only");
+    let threads = runtime.io_threads();
+    let under_way: OnceCell<Arc<Copy>> = OnceCell::new();
+    let report = || match under_way.get() {
+        Some(copy) => eprintln!("    ({:.2}/100%)", copy.progress() * 100.0),
+        None => eprintln!("    (0.00/100%)"),
+    };
+    super::with_signals(&runtime, &signals, &left, report, async |graph| {
+        convert(&graph, asking, &threads, &under_way).await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<Asking<'a>> {
+    let mut files: Vec<&str> = texts(m, "files").collect();
+    let target = match files.pop() {
+        Some(t) if !files.is_empty() => t,
+        _ => return Err(Error::invalid("give the image to copy and the name of the new one")),
+    };
+    let flag = |name: &str| m.get_flag(name);
+    let exists = flag("no-create");
+    let needs = |option: &str| Error::invalid(format!("{option} needs -n (--no-create)"));
+    if flag("target-image-opts") && text(m, "target-format").is_some() {
+        return Err(Error::invalid(
+            "--target-image-opts says the format in its options: leave --target-format (-O) out",
+        ));
+    }
+    if flag("target-image-opts") && !exists {
+        return Err(needs("--target-image-opts"));
+    }
+    if flag("target-is-zero") && !exists {
+        return Err(needs("--target-is-zero"));
+    }
+    if exists && m.contains_id("target-options") {
+        return Err(Error::invalid("-o tells how the target is made, and -n that it is not"));
+    }
+    if flag("copy-range-offloading") && text(m, "sparse-size").is_some() {
+        return Err(Error::invalid("-C searches no data for zeros, and -S tells how: give one"));
+    }
+    if !flag("target-image-opts") {
+        create::set_backing(&mut given, format, m)?;
+    }
+    let on_backing = given.get("backing_file").is_some() || text(m, "backing").is_some();
+    if on_backing && files.len() > 1 {
+        return Err(Error::invalid("a target on a backing image takes one source, not several"));
+    }
+    if on_backing && flag("target-is-zero") {
+        return Err(Error::invalid("a target on a backing image is not all zeros"));
+    }
+    let source_cache = Cache::parse(text(m, "source-cache").unwrap_or("writeback"));
+    let target_cache = Cache::parse(text(m, "target-cache").unwrap_or("unsafe"));
+    let source = Named { cache: source_cache.at(|| "-T")?, ..open::named(m, "")? };
+    let target_options = flag("target-image-opts");
+    Ok(Asking {
+        sources: files.into_iter().map(|name| Named { name, ..source }).collect(),
+        target: Named {
+            name: target,
+            format: (!target_options).then_some(format),
+            is_options: target_options,
+            cache: target_cache.at(|| "-t")?,
+            writable: true,
+            ..Named::default()
+        },
+        format,
+        new: (!exists).then_some(given),
+        on_backing,
+        is_zero: flag("target-is-zero"),
+        shortest_hole: shortest_hole(text(m, "sparse-size"))?,
+        search: !flag("copy-range-offloading"),
+        workers: workers(text(m, "parallel"))?,
+        any_order: flag("oob-writes"),
+        rate: text(m, "rate").map(|r| parse_size(r).at(|| "-r")).transpose()?.filter(|r| *r > 0),
+        progress: flag("progress") && !flag("quiet"),
+    })
+}
+
+fn shortest_hole(given: Option<&str>) -> Result<u64> {
+    let Some(text) = given else { return Ok(SHORTEST_HOLE) };
+    let n = parse_size(text).at(|| "-S")?;
+    if n > MAX_SHORTEST_HOLE || !n.is_multiple_of(gipfel_base::units::SECTOR) {
+        return Err(Error::invalid(format!(
+            "-S {text}: take a multiple of 512 up to {MAX_SHORTEST_HOLE}, or 0 to write everything"
+        )));
+    }
+    Ok(n)
+}
+
+fn workers(given: Option<&str>) -> Result<usize> {
+    let Some(text) = given else { return Ok(WORKERS) };
+    match text.parse() {
+        Ok(n) if (1..=MAX_WORKERS).contains(&n) => Ok(n),
+        _ => Err(Error::invalid(format!("-m {text}: take a number from 1 to {MAX_WORKERS}"))),
+    }
+}
+
+async fn convert(
+    graph: &Rc<Graph>,
+    a: Asking<'_>,
+    threads: &[Handle],
+    under_way: &OnceCell<Arc<Copy>>,
+) -> Result<()> {
+    if !a.target.is_options {
+        graph.registry().get(a.format)?;
+    }
+    let mut sources = Vec::new();
+    let (mut at, mut end) = (0u64, 0);
+    for (i, n) in a.sources.iter().enumerate() {
+        let image = open::open(graph, *n, &format!("source{i}")).await?;
+        refuse_same_file(graph, &image, n.name, a.target).await?;
+        let size = image.node.size();
+        end = at + size;
+        sources.push(Source {
+            has_backing: has_backing(&image.node).await,
+            backend: image.backend,
+            name: n.name.to_owned(),
+            range: ByteRange::new(at, size),
+        });
+        at = at.checked_add(whole_sectors(size)).ok_or_else(|| {
+            Error::invalid("the sources together are longer than an image can be")
+        })?;
+    }
+    let is_new = a.new.is_some();
+    if let Some(mut options) = a.new {
+        options.set(a.format, "size", Some(&at.to_string()))?;
+        let new =
+            New { name: a.target.name, format: a.format, options, unchecked: false, quiet: true };
+        let made = create::create(graph, new).await;
+        made.at(|| format!("cannot create '{}'", a.target.name))?;
+    }
+    let target = open::open(graph, a.target, "target").await?;
+    if target.node.size() < end {
+        return Err(Error::invalid(format!(
+            "'{}' has {} bytes, too few for {end}",
+            a.target.name,
+            target.node.size()
+        )));
+    }
+    if target.guessed_raw {
+        refuse_header(graph, &sources[0], a.target.name).await?;
+    }
+    let fresh = is_new && target.node.driver().reads_zero_when_new();
+    let copy = Copy::new(Options {
+        len: at.min(target.node.size()),
+        is_zero: a.is_zero || fresh && !has_backing(&target.node).await,
+        sources,
+        target: target.backend.clone(),
+        target_name: a.target.name.to_owned(),
+        on_backing: a.on_backing,
+        shortest_hole: a.shortest_hole,
+        search: a.search,
+        any_order: a.any_order,
+        rate: a.rate,
+    });
+    let copy = under_way.get_or_init(|| copy);
+    run_copy(copy, threads, a.workers, a.progress).await?;
+    target.backend.flush().await.at(|| format!("writing '{}'", a.target.name))
+}
+
+async fn run_copy(
+    copy: &Arc<Copy>,
+    threads: &[Handle],
+    workers: usize,
+    progress: bool,
+) -> Result<()> {
+    let mut run = pin!(copy.run(threads, workers));
+    if !progress {
+        return run.await;
+    }
+    let show = |share: f64| super::print(&format!("    ({:.2}/100%)\r", share * 100.0));
+    show(0.0)?;
+    let done = loop {
+        match first_of(run.as_mut(), time::sleep(PROGRESS)).await {
+            Either::Left(done) => break done,
+            Either::Right(_) => show(copy.progress())?,
+        }
+    };
+    if done.is_ok() {
+        show(1.0)?;
+    }
+    super::print("\n")?;
+    done
+}
+
+async fn has_backing(node: &Node) -> bool {
+    let i = node.def().children.iter().position(|c| c.role == Role::Backing);
+    match i.and_then(|i| node.driver().children().get(i)) {
+        Some(child) => child.node().await.is_some(),
+        None => false,
+    }
+}
+
+/// Locks keep the target from being a source; where they are left out (-U), this does.
+async fn refuse_same_file(
+    graph: &Rc<Graph>,
+    source: &Image,
+    name: &str,
+    target: Named<'_>,
+) -> Result<()> {
+    let path = target.name.strip_prefix("file:").unwrap_or(target.name);
+    let files = graph.chain_files(source.node.name()).await?;
+    if files.iter().any(|f| create::same_file(f, path)) {
+        return Err(Error::invalid(format!("'{path}' is what '{name}' is read from")));
+    }
+    Ok(())
+}
+
+/// A raw image that was only guessed to be one does not get another format's header, which would
+/// be believed when it is opened the next time.
+async fn refuse_header(graph: &Graph, source: &Source, target: &str) -> Result<()> {
+    let first = Buf::new(source.backend.size().min(PROBED) as usize);
+    source.backend.read(0, first.clone()).await.at(|| source.name.clone())?;
+    match graph.registry().probe(&first.to_vec()) {
+        Some(d) if d.name != graph.registry().raw_format => Err(Error::invalid(format!(
+            "'{}' begins like an image of format {}, and '{target}' was only guessed to be {}: \
+             give its format",
+            source.name,
+            d.name,
+            graph.registry().raw_format
+        ))),
+        _ => Ok(()),
+    }
+}

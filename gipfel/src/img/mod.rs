@@ -1,0 +1,235 @@
+//! `gipfel img`, also called as `qemu-img`: tools for images that nobody uses at the moment.
+//!
+//! Options, JSON and exit codes are those of qemu-img(1), so that scripts run unchanged. What of
+//! it is not offered yet is refused by name.
+
+mod check;
+mod convert;
+mod copy;
+mod create;
+mod info;
+mod map;
+mod open;
+mod options;
+mod sparse;
+
+use std::future::Future;
+use std::io::Write;
+use std::pin::pin;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::task::Poll;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use gipfel_base::{Error, Result, ResultExt};
+use gipfel_graph::Graph;
+use gipfel_io::Runtime;
+use gipfel_io::signals::{REPORT, Signals, TERMINATION};
+
+use crate::daemon::objects::Objects;
+use crate::drivers;
+
+/// Commands of qemu-img(1) that this version does not have.
+const MISSING: [&str; 10] = [
+    "amend", "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase", "resize",
+    "snapshot",
+];
+
+const EXAMPLES: &str = "\
+Examples:
+  gipfel img create -f qcow2 disk.qcow2 20G
+  gipfel img info --output=json disk.qcow2
+  gipfel img convert -p -O raw disk.qcow2 disk.raw
+  gipfel img check disk.qcow2
+  gipfel img map --output=json disk.raw
+
+Called by the name qemu-img it does the same.";
+
+/// The definition of the command line, under the name by which it was called.
+pub fn command(name: &'static str) -> Command {
+    let mut c = Command::new(name)
+        .about("Make, examine and copy disk images")
+        .after_help(EXAMPLES)
+        // Scripts read the version of the tool that this stands for.
+        .version(concat!("version 10.0.2 (gipfel ", env!("CARGO_PKG_VERSION"), ")"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .disable_help_subcommand(true)
+        .subcommand(create::command())
+        .subcommand(info::command())
+        .subcommand(convert::command())
+        .subcommand(check::command())
+        .subcommand(map::command());
+    for name in MISSING {
+        let rest = Arg::new("rest").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
+        c = c.subcommand(Command::new(name).hide(true).disable_help_flag(true).arg(rest));
+    }
+    c
+}
+
+/// Carries out a command.
+pub fn run(m: &ArgMatches) -> Result<ExitCode> {
+    match m.subcommand() {
+        Some(("create", m)) => create::run(m),
+        Some(("info", m)) => info::run(m),
+        Some(("convert", m)) => convert::run(m),
+        Some(("check", m)) => check::run(m),
+        Some(("map", m)) => map::run(m),
+        Some((name, _)) => Err(Error::unsupported(format!(
+            "command '{name}' is not offered by this version; \
+             it has create, info, convert, check and map"
+        ))),
+        None => unreachable!("clap asks for a command"),
+    }
+}
+
+/// A command as all of them begin: repeated options are right (the last one counts), long ones
+/// may be shortened, as in the tool that this stands for.
+fn subcommand(name: &'static str, about: &'static str, examples: &'static str) -> Command {
+    Command::new(name)
+        .about(about)
+        .after_help(examples)
+        .args_override_self(true)
+        .infer_long_args(true)
+        .arg(
+            Arg::new("object")
+                .long("object")
+                .value_name("OBJECT")
+                .action(ArgAction::Append)
+                .help("Objects (passwords of encrypted images): not offered by this version"),
+        )
+}
+
+fn flag(name: &'static str, short: Option<char>, help: &'static str) -> Arg {
+    let a = Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
+    match short {
+        Some(c) => a.short(c),
+        None => a,
+    }
+}
+
+fn value(name: &'static str, short: Option<char>, value: &'static str, help: &'static str) -> Arg {
+    let a = Arg::new(name).long(name).value_name(value).allow_hyphen_values(true).help(help);
+    match short {
+        Some(c) => a.short(c),
+        None => a,
+    }
+}
+
+fn text<'a>(m: &'a ArgMatches, name: &str) -> Option<&'a str> {
+    m.get_one::<String>(name).map(String::as_str)
+}
+
+fn texts<'a>(m: &'a ArgMatches, name: &str) -> impl Iterator<Item = &'a str> {
+    m.get_many::<String>(name).into_iter().flatten().map(String::as_str)
+}
+
+/// What is said to all commands that take images.
+fn refuse_objects(m: &ArgMatches) -> Result<()> {
+    match texts(m, "object").next() {
+        Some(o) => Err(Error::unsupported(format!(
+            "--object '{o}': objects are not offered by this version (nor are encrypted images)"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// How results are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Output {
+    Human,
+    Json,
+}
+
+fn output_arg() -> Arg {
+    value("output", None, "human|json", "How the result is shown (default: human)")
+}
+
+fn output(m: &ArgMatches) -> Result<Output> {
+    match text(m, "output") {
+        None | Some("human") => Ok(Output::Human),
+        Some("json") => Ok(Output::Json),
+        Some(o) => Err(Error::invalid(format!("--output is 'human' or 'json', not '{o}'"))),
+    }
+}
+
+/// Writes to standard output. That nobody reads it any more is no failure.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        r => r.at(|| "standard output"),
+    }
+}
+
+fn to_json(v: &serde_json::Value) -> String {
+    gipfel_qmp::json::to_pretty(v).replace("\r\n", "\n") + "\n"
+}
+
+/// Rounds a size up to whole sectors, in which the tool that this stands for counts.
+fn whole_sectors(bytes: u64) -> u64 {
+    let sector = gipfel_base::units::SECTOR;
+    bytes.checked_next_multiple_of(sector).unwrap_or(bytes)
+}
+
+/// Runs a command on a graph of its own, until it is done or a signal asks for the end; `left`
+/// says what then becomes of its work.
+fn on_graph(
+    left: &str,
+    command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
+) -> Result<ExitCode> {
+    let signals = Signals::take(&TERMINATION)?;
+    with_signals(&Runtime::new(0)?, &signals, left, || {}, command)
+}
+
+/// The same with a runtime and signals made before; `report` is called when a signal asks for it.
+fn with_signals(
+    runtime: &Runtime,
+    signals: &Signals,
+    left: &str,
+    report: impl Fn(),
+    command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
+) -> Result<ExitCode> {
+    runtime.block_on(async {
+        let graph = Graph::new(drivers::registry(&Objects::default()));
+        let work = async {
+            let done = command(graph.clone()).await;
+            let closed = graph.close_all().await;
+            done.and_then(|code| closed.map(|()| code))
+        };
+        let ended = async {
+            loop {
+                match signals.next().await {
+                    Ok(REPORT) => report(),
+                    signal => return signal,
+                }
+            }
+        };
+        match first_of(work, ended).await {
+            Either::Left(done) => done,
+            Either::Right(signal) => {
+                let signal = signal?;
+                eprintln!("ended by signal {signal}: {left}");
+                // As shells tell it of a program that a signal ended.
+                Ok(ExitCode::from(u8::try_from(128 + signal).unwrap_or(u8::MAX)))
+            }
+        }
+    })?
+}
+
+enum Either<A, B> {
+    Left(A),
+    Right(B),
+}
+
+/// The outcome of whichever ends first; the other one is dropped.
+async fn first_of<A, B>(a: impl Future<Output = A>, b: impl Future<Output = B>) -> Either<A, B> {
+    let (mut a, mut b) = (pin!(a), pin!(b));
+    std::future::poll_fn(|cx| {
+        if let Poll::Ready(v) = a.as_mut().poll(cx) {
+            return Poll::Ready(Either::Left(v));
+        }
+        b.as_mut().poll(cx).map(Either::Right)
+    })
+    .await
+}
