@@ -7,6 +7,7 @@ mod commands;
 mod events;
 mod monitor;
 pub mod objects;
+mod throttle;
 
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -118,7 +119,7 @@ impl Daemon {
         match s {
             Setup::Object(t) => {
                 let v = read("ObjectOptions", t, Some("qom-type")).at(|| "--object")?;
-                commands::object_add(self, v).at(|| "--object")
+                self.objects.add(v).at(|| "--object")
             }
             Setup::Blockdev(t) => {
                 let v = read("BlockdevOptions", t, Some("driver")).at(|| "--blockdev")?;
