@@ -1,24 +1,33 @@
 //! The concrete drivers: the one place where they are named together.
 
+use gipfel_filters::{COPY_ON_READ, DETECT_ZEROES, THROTTLE, copy_on_read, detect_zeroes};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::DriverDef;
 
 use crate::daemon::objects::Objects;
 
-/// All drivers.
-const DRIVERS: [&DriverDef; 5] = [
+/// All drivers that can be named.
+const DRIVERS: [&DriverDef; 7] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &COPY_ON_READ,
+    &THROTTLE,
 ];
 
 /// The registry of a process whose objects are these.
-pub fn registry(_: &Objects) -> Registry {
+pub fn registry(objects: &Objects) -> Registry {
     let implicit = ImplicitFilters {
-        detect_zeroes: (&gipfel_formats::RAW, |_, _| unreachable!()),
-        copy_on_read: (&gipfel_formats::RAW, |_, ()| unreachable!()),
+        detect_zeroes: (&DETECT_ZEROES, detect_zeroes::make),
+        copy_on_read: (&COPY_ON_READ, |child, ()| copy_on_read::make(child)),
     };
+    let (opening, making) = (objects.groups().clone(), objects.groups().clone());
     Registry::new(&DRIVERS, implicit, "file", "raw")
+        .with_opener(THROTTLE.name, Box::new(move |args| opening.open(args)))
+        .with_throttle(
+            &THROTTLE,
+            Box::new(move |child, group, owner| making.make(child, group, owner)),
+        )
 }

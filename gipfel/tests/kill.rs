@@ -6,9 +6,9 @@ mod common;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{Served, soak, start};
+use common::{Served, soak};
 use gipfel_testkit::nbd::Client;
-use gipfel_testkit::{Rng, Scratch, tools};
+use gipfel_testkit::{Rng, tools};
 
 const SIZE: u64 = 16 << 20;
 const BLOCK: u64 = 4096;
@@ -106,12 +106,7 @@ fn nothing_flushed_is_lost_by_kill() {
             "more than leaks: {code:?}\n{}",
             String::from_utf8_lossy(&check.stdout)
         );
-        served = restart(served.scratch);
+        served = Served::existing(served.scratch, "");
         verify(&served, &all);
     }
-}
-
-fn restart(scratch: Scratch) -> Served {
-    let daemon = start(&scratch, "");
-    Served { daemon, scratch }
 }

@@ -27,6 +27,8 @@ pub struct BackendOptions {
     pub alone: bool,
     /// What it holds on to.
     pub follow: Follow,
+    /// The implicit filter throttle: the name of the throttle group that it shares.
+    pub throttle: Option<String>,
     /// The implicit filter copy-on-read.
     pub copy_on_read: bool,
     /// The implicit filter detect-zeroes.
@@ -104,7 +106,8 @@ impl Graph {
         node: Option<NodeId>,
         client: Option<&str>,
     ) -> Result<(BackendId, Arc<Backend>)> {
-        let filters = self.make_stack(model, &options);
+        let owner = owner_name(&name, client.filter(|_| options.name.is_none()));
+        let filters = self.make_stack(model, &options, &owner)?;
         let edit = |draft: &mut Draft<'_>| {
             let id = add_backend(draft, name, &options, filters, client)?;
             if let Some(n) = node {
@@ -134,9 +137,17 @@ impl Graph {
         .map(drop)
     }
 
-    fn make_stack(&self, model: &mut Model, options: &BackendOptions) -> Vec<Filter> {
-        // Top to bottom, as the minutes have it: (throttle,) copy-on-read, detect-zeroes.
+    fn make_stack(
+        &self,
+        model: &mut Model,
+        options: &BackendOptions,
+        owner: &str,
+    ) -> Result<Vec<Filter>> {
+        // Top to bottom: throttle, copy-on-read, detect-zeroes.
         let mut stack = Vec::new();
+        if let Some(group) = &options.throttle {
+            stack.push(self.throttle_filter(model, group, owner)?);
+        }
         if options.copy_on_read {
             let (def, make) = self.registry.implicit.copy_on_read;
             stack.push(Filter::new(model.auto_name("copy-on-read"), def, |c| make(c, ())));
@@ -144,7 +155,18 @@ impl Graph {
         if let Some(f) = self.zero_filter(model, options.detect_zeroes) {
             stack.push(f);
         }
-        stack
+        Ok(stack)
+    }
+
+    /// The implicit throttle of `owner` in a throttle group, not yet in the graph.
+    pub(crate) fn throttle_filter(
+        &self,
+        model: &mut Model,
+        group: &str,
+        owner: &str,
+    ) -> Result<Filter> {
+        let (def, make) = self.registry.throttle()?;
+        Filter::try_new(model.auto_name("throttle"), def, |c| make(c, group, owner))
     }
 
     /// The implicit filter for a detect-zeroes option, not yet in the graph.
@@ -175,6 +197,16 @@ impl Filter {
         let edge = Child::new(format!("{name}.{}", def.children[0].name), None);
         let live = Node::new(name.clone(), def, make(edge.clone()));
         Filter { name, live, edge }
+    }
+
+    fn try_new(
+        name: String,
+        def: &'static DriverDef,
+        make: impl FnOnce(Arc<Child>) -> Result<Box<dyn Driver>>,
+    ) -> Result<Filter> {
+        let edge = Child::new(format!("{name}.{}", def.children[0].name), None);
+        let driver = make(edge.clone())?;
+        Ok(Filter { live: Node::new(name.clone(), def, driver), name, edge })
     }
 
     /// Adds it to the draft for `owner`, over `below`.
@@ -217,6 +249,12 @@ impl Filter {
     }
 }
 
+/// How the owner of a client-side filter is called in messages: by its client where the backend
+/// was made along with that and has no name of its own.
+pub(crate) fn owner_name(backend: &str, client: Option<&str>) -> String {
+    client.map_or_else(|| format!("backend '{backend}'"), str::to_owned)
+}
+
 fn add_backend(
     draft: &mut Draft<'_>,
     name: String,
@@ -241,6 +279,7 @@ fn add_backend(
             name,
             root,
             stack: Vec::new(),
+            throttle: options.throttle.clone(),
             made_along: client.is_some(),
             client: client.map(str::to_owned),
             perms,

@@ -18,12 +18,13 @@ mod registry;
 mod reopen;
 mod replace;
 mod snapshot;
+mod throttle;
 mod transaction;
 
 pub use backend::{Backend, Follow};
 pub use filename::{nest, relative_to};
 pub use graph::{BackendOptions, Graph};
 pub use model::{BackendId, EdgeId, Model, NodeId};
-pub use registry::{ImplicitFilters, Registry, ZeroDetection};
+pub use registry::{ImplicitFilters, MakeThrottle, Opener, Registry, ZeroDetection};
 pub use replace::ReplaceEdges;
 pub use snapshot::SnapshotSync;

@@ -107,6 +107,8 @@ pub struct BackendInfo {
     pub root: EdgeId,
     /// Its client-side filters, topmost first.
     pub stack: Vec<NodeId>,
+    /// The throttle group that it is a member of; then its topmost filter is the throttle.
+    pub throttle: Option<String>,
     /// Whether it was made along with its client and goes with it.
     pub made_along: bool,
     /// Who uses it.

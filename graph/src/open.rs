@@ -178,7 +178,7 @@ impl Graph {
                 common,
                 children: children.iter().map(|c| c.1.clone()).collect(),
             };
-            let opened = (def.open)(args).await.at(|| format!("node '{name}'"))?;
+            let opened = self.registry.open(def, args).await.at(|| format!("node '{name}'"))?;
             for i in opened.implicit {
                 let Some(at) = children.iter().position(|c| c.0.name == i.child && !c.3) else {
                     continue;

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use gipfel_base::{Error, ErrorKind, Result};
-use gipfel_node::{Perm, Perms};
+use gipfel_node::{Perm, Perms, Role};
 
 use crate::model::{Draft, EdgeId, Model, NodeId, Parent};
 
@@ -13,8 +13,14 @@ pub(crate) fn settle(draft: &mut Draft<'_>) -> Result<()> {
     let mut open: BTreeSet<NodeId> = draft.before.nodes.keys().copied().collect();
     for (id, before) in &draft.before.edges {
         open.extend(before.as_ref().and_then(|e| e.target));
-        open.extend(draft.get_edge(*id).and_then(|e| e.target));
+        let now = draft.get_edge(*id);
+        open.extend(now.and_then(|e| e.target));
+        open.extend(now.and_then(|e| match e.parent {
+            Parent::Node(n) => Some(n),
+            Parent::Backend(_) => None,
+        }));
     }
+    add_filters_above(draft, &mut open);
     let mut settled = BTreeSet::new();
     while let Some(n) = open.pop_last() {
         if draft.get_node(n).is_none() {
@@ -27,7 +33,7 @@ pub(crate) fn settle(draft: &mut Draft<'_>) -> Result<()> {
         }
         let info = draft.node(n);
         let live = info.live.clone();
-        let writable = !info.read_only;
+        let writable = is_writable(draft, n);
         for (i, e) in info.children.clone().into_iter().enumerate() {
             let edge = draft.edge(e);
             let perms = live.driver().child_perms(i, edge.role, above, writable);
@@ -39,6 +45,39 @@ pub(crate) fn settle(draft: &mut Draft<'_>) -> Result<()> {
     }
     // Only the state at the end counts, never one in between.
     settled.into_iter().try_for_each(|n| check(draft, n))
+}
+
+/// Adds the filters that stand on the nodes in `open`: what they may do below changes with those.
+fn add_filters_above(model: &Model, open: &mut BTreeSet<NodeId>) {
+    let mut next: Vec<NodeId> = open.iter().copied().collect();
+    while let Some(n) = next.pop() {
+        let Some(info) = model.get_node(n) else { continue };
+        for e in info.parents.iter().map(|e| model.edge(*e)).filter(|e| e.role == Role::Filtered) {
+            if let Parent::Node(p) = e.parent
+                && open.insert(p)
+            {
+                next.push(p);
+            }
+        }
+    }
+}
+
+/// Whether a node may be written to; a filter, whether what it stands on may. Nothing is written
+/// to a filter that stands on nothing.
+fn is_writable(model: &Model, n: NodeId) -> bool {
+    let mut at = Some(n);
+    while let Some(info) = at.map(|n| model.node(n)) {
+        if info.read_only {
+            return false;
+        }
+        let filtered =
+            info.children.iter().map(|e| model.edge(*e)).find(|e| e.role == Role::Filtered);
+        match filtered {
+            Some(e) => at = e.target,
+            None => return true,
+        }
+    }
+    false
 }
 
 fn above(model: &Model, n: NodeId) -> Perms {

@@ -43,6 +43,9 @@ impl Graph {
             });
             if let Some(n) = model.below_stack(b) {
                 v["inserted"] = node_info(&model, model.under_side(n), false).await?;
+                if let Some(group) = &b.throttle {
+                    v["inserted"]["group"] = json!(group);
+                }
             }
             list.push(v);
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use gipfel_base::{Error, ErrorKind, Result};
-use gipfel_node::{Child, Driver, DriverDef};
+use gipfel_node::{Child, Driver, DriverDef, IoFuture, OpenArgs, Opened};
 
 /// What happens to writes of zeros that a client sends as data (option detect-zeroes).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,9 +30,18 @@ pub struct ImplicitFilters {
     pub copy_on_read: MakeFilter<()>,
 }
 
+/// Opens a driver that needs more than its options, such as objects of the process.
+pub type Opener = Box<dyn Fn(OpenArgs) -> IoFuture<'static, Opened>>;
+
+/// Makes the implicit throttle over an edge: for the throttle group of that name and the owner of
+/// that name. Fails where there is no such group and none can be made.
+pub type MakeThrottle = Box<dyn Fn(Arc<Child>, &str, &str) -> Result<Box<dyn Driver>>>;
+
 /// All drivers, by name.
 pub struct Registry {
     drivers: BTreeMap<&'static str, &'static DriverDef>,
+    openers: BTreeMap<&'static str, Opener>,
+    throttle: Option<(&'static DriverDef, MakeThrottle)>,
     /// The filters that options put into the graph.
     pub implicit: ImplicitFilters,
     /// The driver that a plain file name means.
@@ -50,7 +59,36 @@ impl Registry {
         raw_format: &'static str,
     ) -> Registry {
         let drivers = drivers.iter().map(|d| (d.name, *d)).collect();
-        Registry { drivers, implicit, file_protocol, raw_format }
+        let (openers, throttle) = (BTreeMap::new(), None);
+        Registry { drivers, openers, throttle, implicit, file_protocol, raw_format }
+    }
+
+    /// Lets `opener` open the driver `name` in place of the driver's own function.
+    #[must_use]
+    pub fn with_opener(mut self, name: &'static str, opener: Opener) -> Registry {
+        self.openers.insert(name, opener);
+        self
+    }
+
+    /// Gives backends an implicit throttle: its definition and how to make one.
+    #[must_use]
+    pub fn with_throttle(mut self, def: &'static DriverDef, make: MakeThrottle) -> Registry {
+        self.throttle = Some((def, make));
+        self
+    }
+
+    /// Opens an instance of `def`.
+    pub(crate) fn open(&self, def: &DriverDef, args: OpenArgs) -> IoFuture<'static, Opened> {
+        match self.openers.get(def.name) {
+            Some(opener) => opener(args),
+            None => (def.open)(args),
+        }
+    }
+
+    pub(crate) fn throttle(&self) -> Result<&(&'static DriverDef, MakeThrottle)> {
+        self.throttle
+            .as_ref()
+            .ok_or_else(|| Error::unsupported("there are no throttle groups in this process"))
     }
 
     /// The driver of that name.

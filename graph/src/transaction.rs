@@ -14,7 +14,7 @@ use std::task::Poll;
 use gipfel_base::{Result, ResultExt};
 use gipfel_io::{Drained, spawn_local};
 use gipfel_node::node::Owed;
-use gipfel_node::{Child, Node, Perms};
+use gipfel_node::{Child, Node, Perm, Perms};
 
 use crate::graph::Graph;
 use crate::model::{Draft, Model, NodeId};
@@ -44,13 +44,26 @@ struct Plan {
     swaps: Vec<Swap>,
     changes: Vec<Change>,
     removed: Vec<Arc<Node>>,
+    grants: Vec<Grant>,
+}
+
+/// An edge that may do something else than before.
+struct Grant {
+    edge: Arc<Child>,
+    old: Perm,
+    new: Perm,
 }
 
 impl Plan {
     fn of(draft: &Draft<'_>) -> Plan {
         let mut swaps = Vec::new();
+        let mut grants = Vec::new();
         for (id, before) in &draft.before.edges {
             let Some(now) = draft.get_edge(*id) else { continue };
+            let old = before.as_ref().map_or(Perm::NONE, |b| b.perms.used);
+            if old != now.perms.used {
+                grants.push(Grant { edge: now.live.clone(), old, new: now.perms.used });
+            }
             let from = before.as_ref().and_then(|b| b.target);
             if before.is_some() && from == now.target {
                 continue;
@@ -80,7 +93,7 @@ impl Plan {
                 _ => {}
             }
         }
-        Plan { swaps, changes, removed }
+        Plan { swaps, changes, removed, grants }
     }
 
     /// Nodes that lose their writers to others, with those others.
@@ -124,7 +137,10 @@ impl Graph {
         }
         acquire(&plan.changes).await?;
         draft.keep();
+        // What is lost is lost before anything is given up, what is gained is gained at its end.
+        plan.grants.iter().for_each(|g| g.edge.grant(g.old & g.new));
         swap(plan.swaps).await;
+        plan.grants.iter().for_each(|g| g.edge.grant(g.new));
         let deferred = !losers.is_empty();
         let owed: Vec<_> = losers.into_iter().map(|(n, to)| (n, owe(&to))).collect();
         if deferred {

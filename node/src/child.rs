@@ -1,12 +1,15 @@
 //! An edge: the named link from a parent to a node, and the one place where requests cross it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::{Buf, Drained, Entered, Gate};
 
 use crate::driver::{WriteFlags, ZeroFlags};
 use crate::node::Node;
+use crate::perm::Perm;
 use crate::runner;
 use crate::status::Status;
 
@@ -15,12 +18,42 @@ use crate::status::Status;
 pub struct Child {
     label: String,
     target: Gate<Option<Arc<Node>>>,
+    granted: AtomicU8,
+}
+
+/// Lets the requests in and below a node go on without being held back, while it lives.
+struct Expedited(Vec<Arc<Node>>);
+
+impl Expedited {
+    fn new(top: Arc<Node>) -> Expedited {
+        // Once each, in whichever way nodes are shared below.
+        let mut found = vec![top];
+        let mut seen: HashSet<*const Node> = found.iter().map(Arc::as_ptr).collect();
+        let mut at = 0;
+        while at < found.len() {
+            let node = found[at].clone();
+            for c in node.driver().children() {
+                let below = c.try_enter().and_then(|e| e.clone());
+                found.extend(below.filter(|n| seen.insert(Arc::as_ptr(n))));
+            }
+            node.driver().expedite(true);
+            at += 1;
+        }
+        Expedited(found)
+    }
+}
+
+impl Drop for Expedited {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|n| n.driver().expedite(false));
+    }
 }
 
 impl Child {
     /// An edge called `label` (such as `disk.file`) to `node`.
     pub fn new(label: impl Into<String>, node: Option<Arc<Node>>) -> Arc<Child> {
-        Arc::new(Child { label: label.into(), target: Gate::new(node) })
+        let granted = AtomicU8::new(Perm::NONE.mask());
+        Arc::new(Child { label: label.into(), target: Gate::new(node), granted })
     }
 
     /// The edge's name.
@@ -49,7 +82,20 @@ impl Child {
     /// Stops new requests at the edge and waits until those below it have settled. The result is
     /// the drained edge: it alone can re-point it, and dropping it lets requests go on.
     pub async fn drain(&self) -> Drained<'_, Option<Arc<Node>>> {
+        // Nobody waits for requests that wait for the clock only.
+        let _held_back = self.node().await.map(Expedited::new);
         self.target.close().await
+    }
+
+    /// What the edge may do below.
+    pub fn granted(&self) -> Perm {
+        Perm::from_mask(self.granted.load(Ordering::Acquire))
+    }
+
+    /// Says what the edge may do below; for the graph, once a transaction has seen to it. Requests
+    /// are not checked against it: it is for drivers that write of their own accord.
+    pub fn grant(&self, used: Perm) {
+        self.granted.store(used.mask(), Ordering::Release);
     }
 
     pub(crate) fn need<'a>(&self, e: &'a Entered<'_, Option<Arc<Node>>>) -> Result<&'a Arc<Node>> {

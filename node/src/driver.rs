@@ -217,6 +217,13 @@ pub trait Driver: Send + Sync + 'static {
         Box::pin(async { Ok(()) })
     }
 
+    /// While `on`, an edge above waits for the requests inside: those that the driver holds back
+    /// by choice (a throttle's queue) go on at once. Calls may nest; each `true` is followed by a
+    /// `false`.
+    fn expedite(&self, on: bool) {
+        let _ = on;
+    }
+
     /// Changes the visible size, in bytes.
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
         let _ = size;

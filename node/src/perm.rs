@@ -41,6 +41,14 @@ impl Perm {
         self.0 == 0
     }
 
+    pub(crate) fn mask(self) -> u8 {
+        self.0
+    }
+
+    pub(crate) fn from_mask(mask: u8) -> Perm {
+        Perm(mask & Perm::ALL.0)
+    }
+
     /// The names of those in it, as QMP writes them.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         Self::NAMES.iter().filter(move |(p, _)| self.contains(*p)).map(|(_, n)| *n)

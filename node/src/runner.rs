@@ -266,6 +266,12 @@ fn backing(node: &Node) -> Option<&Arc<Child>> {
     node.driver().children().get(i)
 }
 
+/// The edge to the child whose data a filter shows.
+fn filtered(node: &Node) -> Option<&Arc<Child>> {
+    let i = node.def().children.iter().position(|c| c.role == Role::Filtered)?;
+    node.driver().children().get(i)
+}
+
 pub(crate) async fn status_through(child: &Child, range: ByteRange) -> Result<(Status, u32)> {
     status_at(child, range, 0).await
 }
@@ -283,6 +289,10 @@ fn status_at<'a>(child: &'a Child, range: ByteRange, depth: u32) -> IoFuture<'a,
             // An overlay larger than its backing node reads zeros there.
             return Ok((Status { allocated: false, ..Status::hole(range.len()) }, depth));
         };
+        if let Some(f) = filtered(node) {
+            // A filter shows its child's data: it is no layer of its own.
+            return status_at(f, inside, depth).await;
+        }
         let s = node.driver().status(inside).await?;
         if s.allocated {
             return Ok((s, depth));

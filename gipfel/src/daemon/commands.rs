@@ -22,6 +22,7 @@ pub fn register(r: &mut Registry<Rc<Daemon>>) {
     exports(r);
     jobs(r);
     super::objects::register(r);
+    super::throttle::register(r);
     r.add("quit", |d: Rc<Daemon>, _: Args| async move {
         d.quit("host-qmp-quit");
         Ok(())
@@ -127,7 +128,6 @@ fn queries(r: &mut Registry<Rc<Daemon>>) {
         let flat = a.get("flat").and_then(Value::as_bool).unwrap_or(false);
         d.graph.query_nodes(flat).await
     });
-    r.add("query-block", |d: Rc<Daemon>, _: Args| async move { d.graph.query_block().await });
     r.add("x-debug-query-block-graph", |d: Rc<Daemon>, _: Args| async move {
         Ok(d.graph.query_graph().await)
     });
@@ -254,11 +254,6 @@ pub async fn export_add(d: &Rc<Daemon>, a: Args) -> Result<()> {
         backend: BackendOptions { follow, ..BackendOptions::default() },
     };
     d.exports.add(new).await
-}
-
-/// object-add and --object.
-pub fn object_add(d: &Rc<Daemon>, a: Args) -> Result<()> {
-    d.objects.add(a)
 }
 
 fn jobs(r: &mut Registry<Rc<Daemon>>) {

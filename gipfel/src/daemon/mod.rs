@@ -7,6 +7,7 @@ mod commands;
 mod events;
 mod monitor;
 pub mod objects;
+mod throttle;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -132,7 +133,7 @@ impl Daemon {
             _ => return Err(Error::invalid("give key=value pairs or a JSON object").context(name)),
         };
         match s {
-            Setup::Object(_) => commands::object_add(self, v).at(at),
+            Setup::Object(_) => self.objects.add(v).at(at),
             Setup::Blockdev(_) => self.graph.blockdev_add(v).await.at(at),
             Setup::NbdServer(_) => commands::nbd_server_start(self, v).await.at(at),
             Setup::Export(_) => commands::export_add(self, v).await.at(at),

@@ -1,0 +1,240 @@
+//! What all filters have in common: a filter says what it changes, everything else is its child's.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use gipfel_base::{ByteRange, Error, ErrorKind, Result};
+use gipfel_io::Buf;
+use gipfel_node::{
+    Ability, Access, Binding, Child, ChildSpec, Driver, DriverInfo, IoFuture, Limits, Mapping,
+    Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+};
+use serde_json::Value;
+
+/// The one child of every filter.
+pub(crate) const FILE: &[ChildSpec] =
+    &[ChildSpec { name: "file", role: Role::Filtered, binding: Binding::Position, required: true }];
+
+/// What a filter stands on.
+pub(crate) struct Below {
+    children: [Arc<Child>; 1],
+    /// Size when it was last seen, for the moments in which the child is being changed.
+    seen: AtomicU64,
+}
+
+impl Below {
+    fn new(child: Arc<Child>, size: u64) -> Below {
+        Below { children: [child], seen: AtomicU64::new(size) }
+    }
+
+    /// The edge to the filtered child.
+    pub(crate) fn child(&self) -> &Child {
+        &self.children[0]
+    }
+
+    /// The mapping of a range that the filter has nothing to do with.
+    pub(crate) fn straight(&self, range: ByteRange) -> Mapping<'_> {
+        Mapping::Child { child: self.child(), offset: range.start(), len: range.len(), pin: None }
+    }
+
+    /// What the child's driver says, while the edge is not being changed.
+    fn ask<T>(&self, f: impl FnOnce(&dyn Driver) -> T) -> Option<T> {
+        let entered = self.child().try_enter()?;
+        entered.as_ref().map(|n| f(n.driver()))
+    }
+
+    /// Visible size in bytes; 0 without a child.
+    pub(crate) fn size(&self) -> u64 {
+        let Some(entered) = self.child().try_enter() else {
+            return self.seen.load(Ordering::Relaxed);
+        };
+        let size = entered.as_ref().map_or(0, |n| n.size());
+        self.seen.store(size, Ordering::Relaxed);
+        size
+    }
+}
+
+/// What a filter changes. Requests come as the runner hands them to a driver.
+pub(crate) trait Filter: Send + Sync + 'static {
+    /// As [`Driver::map`].
+    fn map<'a>(&'a self, below: &'a Below, access: Access, range: ByteRange) -> Mapping<'a>;
+
+    /// As [`Driver::read`].
+    fn read<'a>(&'a self, below: &'a Below, offset: u64, buf: Buf) -> IoFuture<'a> {
+        Box::pin(below.child().read(offset, buf))
+    }
+
+    /// As [`Driver::write`]; the runner sees to FUA.
+    fn write<'a>(
+        &'a self,
+        below: &'a Below,
+        offset: u64,
+        buf: Buf,
+        flags: WriteFlags,
+    ) -> IoFuture<'a>;
+
+    /// As [`Driver::write_zeroes`].
+    fn write_zeroes<'a>(
+        &'a self,
+        below: &'a Below,
+        range: ByteRange,
+        flags: ZeroFlags,
+    ) -> IoFuture<'a> {
+        Box::pin(below.child().write_zeroes(range, flags))
+    }
+
+    /// As [`Driver::discard`].
+    fn discard<'a>(&'a self, below: &'a Below, range: ByteRange) -> IoFuture<'a> {
+        Box::pin(below.child().discard(range))
+    }
+
+    /// As [`Driver::child_perms`].
+    fn child_perms(&self, above: Perms, writable: bool) -> Perms {
+        let _ = writable;
+        above
+    }
+
+    /// As [`Driver::expedite`].
+    fn expedite(&self, on: bool) {
+        let _ = on;
+    }
+
+    /// Fails where options of a reopen are not those in force.
+    fn same_options(&self, options: Value) -> Result<()>;
+
+    /// The node goes; no request follows.
+    fn close(&self) {}
+}
+
+/// A filter as a driver.
+pub(crate) struct Filtered<F> {
+    below: Below,
+    filter: F,
+}
+
+impl<F: Filter> Filtered<F> {
+    /// An implicit filter over `child`, which may be empty.
+    pub(crate) fn implicit(child: Arc<Child>, filter: F) -> Box<dyn Driver> {
+        Box::new(Filtered { below: Below::new(child, 0), filter })
+    }
+
+    /// A filter over the one child that it was opened with.
+    pub(crate) async fn open(children: Vec<Arc<Child>>, filter: F) -> Result<Box<dyn Driver>> {
+        let [child] = <[Arc<Child>; 1]>::try_from(children)
+            .map_err(|_| Error::invalid("a filter has one child, 'file'"))?;
+        let size = child.size().await?;
+        Ok(Box::new(Filtered { below: Below::new(child, size), filter }))
+    }
+}
+
+/// A reopen that changes nothing.
+struct Same;
+
+impl Reopen for Same {
+    fn commit(self: Box<Self>) {}
+}
+
+impl<F: Filter> Driver for Filtered<F> {
+    fn size(&self) -> u64 {
+        self.below.size()
+    }
+
+    fn children(&self) -> &[Arc<Child>] {
+        &self.below.children
+    }
+
+    fn map(&self, access: Access, range: ByteRange) -> Mapping<'_> {
+        self.filter.map(&self.below, access, range)
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a> {
+        self.filter.read(&self.below, offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
+        self.filter.write(&self.below, offset, buf, WriteFlags { fua: false, ..flags })
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
+        self.filter.write_zeroes(&self.below, range, ZeroFlags { fua: false, ..flags })
+    }
+
+    fn discard<'a>(&'a self, range: ByteRange) -> IoFuture<'a> {
+        self.filter.discard(&self.below, range)
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(self.below.child().flush())
+    }
+
+    fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
+        Box::pin(self.below.child().status(range))
+    }
+
+    fn grows(&self) -> bool {
+        self.below.ask(|d| d.grows()).unwrap_or(false)
+    }
+
+    fn reads_zero_when_new(&self) -> bool {
+        self.below.ask(|d| d.reads_zero_when_new()).unwrap_or(false)
+    }
+
+    fn zero_ability(&self) -> Ability {
+        self.below.ask(|d| d.zero_ability()).unwrap_or(Ability::Emulated)
+    }
+
+    fn limits(&self) -> Limits {
+        self.below.ask(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 })
+    }
+
+    fn child_perms(&self, _: usize, _: Role, above: Perms, writable: bool) -> Perms {
+        self.filter.child_perms(above, writable)
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(async move {
+            let child = self.below.child();
+            let node = child.node().await.ok_or_else(|| {
+                Error::new(ErrorKind::NoMedium, format!("'{}' is empty", child.label()))
+            })?;
+            node.driver().resize(size).await
+        })
+    }
+
+    fn reopen<'a>(&'a self, mut options: Value, _: bool) -> IoFuture<'a, Box<dyn Reopen>> {
+        Box::pin(async move {
+            if let Some(o) = options.as_object_mut() {
+                // The common option: what discards do is decided below.
+                o.remove("discard");
+            }
+            self.filter.same_options(options)?;
+            Ok(Box::new(Same) as Box<dyn Reopen>)
+        })
+    }
+
+    fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
+        Box::pin(async move {
+            let Some(node) = self.below.child().node().await else {
+                return Ok(DriverInfo::default());
+            };
+            let below = node.driver().info().await?;
+            // The rest is said of the image, which is the child's.
+            Ok(DriverInfo {
+                filename: below.filename,
+                allocated: below.allocated,
+                cluster_size: below.cluster_size,
+                ..DriverInfo::default()
+            })
+        })
+    }
+
+    fn expedite(&self, on: bool) {
+        self.filter.expedite(on);
+    }
+
+    fn close<'a>(&'a self) -> IoFuture<'a> {
+        // A filter holds nothing back in memory.
+        self.filter.close();
+        Box::pin(async { Ok(()) })
+    }
+}
