@@ -7,6 +7,7 @@
 
 use gipfel_base::{ByteRange, Error};
 use gipfel_formats::QCOW2;
+use gipfel_formats::qcow2::cache::{Reserve, TableCache};
 use gipfel_io::Buf;
 use gipfel_node::{
     CheckArgs, Child, Common, CreateArgs, Discard, Driver, DriverDef, Fix, IoFuture, Kind, Node,
@@ -14,10 +15,11 @@ use gipfel_node::{
 };
 use serde_json::{Value, json};
 use shuttle::future::block_on;
-use shuttle::sync::Mutex;
+use shuttle::sync::{Arc, Condvar, Mutex};
 use shuttle::thread;
 
 const RUNS: usize = 4000;
+const CLUSTER: usize = 512;
 
 fn explore(f: impl Fn() + Send + Sync + 'static + Clone) {
     shuttle::check_random(f.clone(), RUNS);
@@ -35,17 +37,50 @@ static MEMORY: DriverDef = DriverDef {
 };
 
 /// A file in memory; each access is a moment at which threads may change.
-struct Memory(Mutex<Vec<u8>>);
+#[derive(Default)]
+struct Memory {
+    bytes: Mutex<Vec<u8>>,
+    hold: Mutex<Hold>,
+    changed: Condvar,
+}
+
+/// Whether a read of a data cluster is held up on its way.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Hold {
+    #[default]
+    Off,
+    /// The next one will be.
+    Armed,
+    /// One is.
+    Held,
+}
+
+impl Memory {
+    fn set(&self, hold: Hold) {
+        *self.hold.lock().unwrap() = hold;
+        self.changed.notify_all();
+    }
+
+    fn wait_until(&self, hold: Hold) {
+        let mut now = self.hold.lock().unwrap();
+        while *now != hold {
+            now = self.changed.wait(now).unwrap();
+        }
+    }
+}
 
 impl Driver for Memory {
     fn size(&self) -> u64 {
-        self.0.lock().unwrap().len() as u64
+        self.bytes.lock().unwrap().len() as u64
     }
 
     fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a> {
         Box::pin(async move {
-            thread::yield_now();
-            let b = self.0.lock().unwrap();
+            if buf.len() == CLUSTER && *self.hold.lock().unwrap() == Hold::Armed {
+                self.set(Hold::Held);
+                self.wait_until(Hold::Off);
+            }
+            let b = self.bytes.lock().unwrap();
             buf.copy_from(0, &b[offset as usize..offset as usize + buf.len()]);
             Ok(())
         })
@@ -53,8 +88,7 @@ impl Driver for Memory {
 
     fn write<'a>(&'a self, offset: u64, buf: Buf, _: WriteFlags) -> IoFuture<'a> {
         Box::pin(async move {
-            thread::yield_now();
-            let mut b = self.0.lock().unwrap();
+            let mut b = self.bytes.lock().unwrap();
             let end = offset as usize + buf.len();
             if b.len() < end {
                 b.resize(end, 0);
@@ -82,14 +116,55 @@ impl Driver for Memory {
 
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
         Box::pin(async move {
-            self.0.lock().unwrap().resize(size as usize, 0);
+            self.bytes.lock().unwrap().resize(size as usize, 0);
             Ok(())
         })
     }
 }
 
+/// The same file as a driver.
+struct Shared(Arc<Memory>);
+
+impl Driver for Shared {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a> {
+        self.0.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
+        self.0.write(offset, buf, flags)
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a> {
+        self.0.flush()
+    }
+
+    fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
+        self.0.status(range)
+    }
+
+    fn grows(&self) -> bool {
+        true
+    }
+
+    fn reads_zero_when_new(&self) -> bool {
+        true
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        self.0.resize(size)
+    }
+}
+
 fn file() -> std::sync::Arc<Child> {
-    let node = Node::new("f".into(), &MEMORY, Box::new(Memory(Mutex::new(Vec::new()))));
+    file_of(&Arc::new(Memory::default()))
+}
+
+fn file_of(memory: &Arc<Memory>) -> std::sync::Arc<Child> {
+    let node = Node::new("f".into(), &MEMORY, Box::new(Shared(memory.clone())));
     Child::new("disk.file", Some(node))
 }
 
@@ -237,6 +312,59 @@ fn a_cluster_is_not_reused_under_a_request() {
             holds(&disk, 4096, 0, 512).await;
             is_clean(&file, &disk).await;
         });
+    });
+}
+
+#[test]
+fn a_read_that_is_held_up_finds_its_cluster_as_it_was() {
+    let held = || {
+        let memory = Arc::new(Memory::default());
+        let file = file_of(&memory);
+        let disk = block_on(image(&file, json!({})));
+        block_on(write(&disk, 0, 1, CLUSTER));
+        memory.set(Hold::Armed);
+        let reader = {
+            let disk = disk.clone();
+            thread::spawn(move || block_on(holds(&disk, 0, 1, CLUSTER)))
+        };
+        memory.wait_until(Hold::Held);
+        block_on(async {
+            disk.discard(ByteRange::new(0, 512)).await.unwrap();
+            for n in 0..3 {
+                disk.flush().await.unwrap();
+                write(&disk, 4096 + n * 512, 9, CLUSTER).await;
+            }
+        });
+        memory.set(Hold::Off);
+        reader.join().unwrap();
+        block_on(is_clean(&file, &disk));
+    };
+    shuttle::check_random(held, 500);
+}
+
+#[test]
+fn a_slice_that_is_exchanged_is_noticed() {
+    explore(|| {
+        let cache = Arc::new(TableCache::new(1, 16));
+        let put = |cache: &TableCache, id: u64| {
+            if let Reserve::Place(p) = cache.reserve(id) {
+                p.fill(std::iter::once(id * 10), false, false);
+            }
+        };
+        put(&cache, 7);
+        let reader = {
+            let cache = cache.clone();
+            thread::spawn(move || {
+                for id in [7, 8, 7] {
+                    let word = cache.get(id).and_then(|f| f.word(0));
+                    assert!(word.is_none_or(|w| w == id * 10), "{word:?} in slice {id}");
+                }
+            })
+        };
+        for id in [8, 9, 7, 10, 8] {
+            put(&cache, id);
+        }
+        reader.join().unwrap();
     });
 }
 

@@ -11,7 +11,7 @@
 //! - refcounts: under the lock of `refcounts`, for an instant.
 
 mod alloc;
-mod cache;
+pub mod cache;
 pub mod check;
 mod create;
 pub mod entry;
