@@ -63,13 +63,13 @@ impl Plan {
 
 /// Checks the image in `args.file` and mends what `args.fix` allows. Fails where there is no
 /// qcow2 header that can be worked with, where a limit is passed, or where writing fails.
-pub async fn check(args: CheckArgs) -> Result<CheckReport> {
+pub(crate) async fn check(args: CheckArgs) -> Result<CheckReport> {
     run(&args.file, Plan::of(args.fix)).await
 }
 
 /// Makes an image with the dirty bit fit for use: refcounts and flags are corrected, the bit is
 /// cleared. Fails where more is wrong with the image. The header is returned as it is then.
-pub async fn rebuild_dirty(file: &Arc<Child>) -> Result<Header> {
+pub(crate) async fn rebuild_dirty(file: &Arc<Child>) -> Result<Header> {
     let plan = Plan { lower: true, raise: true, entries: false, flags: true };
     let report = run(file, plan).await?;
     if report.corruptions > 0 || report.check_errors > 0 {

@@ -110,3 +110,23 @@ impl Check {
         block
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_new_structures_count_themselves() {
+        // 64 refcounts in a block, 64 entries in a cluster of the table.
+        let g = Geometry { cluster_bits: 9, refcount_order: 6 };
+        for start in [1, 62, 63, 64, 65, 4095, 4096, 64 * 64 * 64, 64 * 64 * 64 + 63] {
+            let p = Place::find(g, start, BTreeSet::from([0])).unwrap();
+            let own = start / 64..=(p.end() - 1) / 64;
+            assert!(p.blocks.contains(&0) && own.clone().all(|b| p.blocks.contains(&b)), "{start}");
+            assert_eq!(p.blocks.iter().filter(|b| **b != 0 && !own.contains(b)).count(), 0);
+            assert!(p.table * 64 > *p.blocks.last().unwrap(), "{start}");
+        }
+        let e = Place::find(g, 1 << 40, BTreeSet::new()).err().unwrap();
+        assert_eq!(e.kind(), ErrorKind::Limit);
+    }
+}

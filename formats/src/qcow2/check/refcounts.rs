@@ -34,9 +34,6 @@ impl Check {
                 self.blocks.push(block);
             }
         }
-        while self.blocks.last() == Some(&0) {
-            self.blocks.pop();
-        }
         Ok(())
     }
 
@@ -77,21 +74,22 @@ impl Check {
         self.blocks.len() as u64 * self.image.bounds.g.block_entries()
     }
 
-    /// The blocks that matter: where each lies, its first cluster, the one behind its last.
-    fn block(&self, index: usize) -> Option<(u64, u64, u64)> {
-        let entries = self.image.bounds.g.block_entries();
-        let first = index as u64 * entries;
-        let end = (first + entries).min(self.compared());
-        (first < end).then(|| (self.blocks[index], first, end))
+    /// The blocks that matter: each one's index, where it lies, its first cluster and the one
+    /// behind its last.
+    fn each_block(&self) -> impl Iterator<Item = (usize, u64, u64, u64)> + use<> {
+        let (entries, end) = (self.image.bounds.g.block_entries(), self.compared());
+        let blocks = self.blocks.clone();
+        blocks.into_iter().enumerate().map_while(move |(i, at)| {
+            let first = i as u64 * entries;
+            (first < end).then(|| (i, at, first, (first + entries).min(end)))
+        })
     }
 
     /// Looks for used clusters whose refcounts have no place: the structures must be written anew.
     pub(super) fn find_missing_blocks(&mut self) {
         let mut missing = self.used.next(self.reach(), u64::MAX).is_some();
-        for i in 0..self.blocks.len() {
-            missing |= self
-                .block(i)
-                .is_some_and(|(at, first, end)| at == 0 && self.used.next(first, end).is_some());
+        for (_, at, first, end) in self.each_block() {
+            missing |= at == 0 && self.used.next(first, end).is_some();
         }
         self.needs.rebuild |= missing;
     }
@@ -110,8 +108,7 @@ impl Check {
             self.report.corruptions += self.damages;
         }
         let g = self.image.bounds.g;
-        for i in 0..self.blocks.len() {
-            let Some((at, first, end)) = self.block(i) else { break };
+        for (i, at, first, end) in self.each_block() {
             let size = g.cluster_size();
             let read = match at {
                 0 => Ok(None),
@@ -180,8 +177,7 @@ impl Check {
     /// Changes the stored refcounts in place, to `pick(stored, uses)`.
     pub(super) async fn adjust_refcounts(&mut self, pick: fn(u64, u64) -> u64) -> Result<()> {
         let g = self.image.bounds.g;
-        for i in 0..self.blocks.len() {
-            let Some((at, first, end)) = self.block(i) else { break };
+        for (_, at, first, end) in self.each_block() {
             if at == 0 {
                 continue;
             }

@@ -178,15 +178,16 @@ mod tests {
     #[test]
     fn counts_of_any_size_far_apart() {
         let mut u = Used::default();
-        for (c, n) in [(3, 1), (3, 254), (3, 1), (1 << 50, 7), (2000, 1 << 40)] {
+        for (c, n) in [(3, 1), (3, 254), (5, 200), (3, 1), (1 << 50, 7), (2000, 1 << 40)] {
             u.add(c, n).unwrap();
         }
         u.set(3, ONE).unwrap();
         assert_eq!((u.count(3), u.count(4), u.count(2000), u.count(1 << 50)), (256, 0, 1 << 40, 7));
+        assert_eq!(u.count(5), 200);
         assert!(u.has(3, ONE) && !u.has(3, HARD) && !u.has(2000, ONE));
         assert_eq!(u.next(0, u64::MAX), Some((3, 256)));
-        assert_eq!(u.next(4, 2000), None);
-        assert_eq!(u.next(4, 2001), Some((2000, 1 << 40)));
+        assert_eq!(u.next(6, 2000), None);
+        assert_eq!(u.next(6, 2001), Some((2000, 1 << 40)));
         assert_eq!(u.next(2001, u64::MAX), Some((1 << 50, 7)));
         assert_eq!(u.end(), (1 << 50) + 1);
         u.remove(3);
