@@ -185,7 +185,11 @@ fn reopening_read_only_waits_for_the_writer_to_go() {
     q.command("block-export-del", json!({ "id": "e", "mode": "hard" }));
     q.wait_event("BLOCK_EXPORT_DELETED", PATIENCE).unwrap();
     q.command("blockdev-reopen", options(true));
-    let export = |writable: bool| json!({ "type": "nbd", "id": "e", "node-name": "f", "name": "x", "writable": writable });
+    let export = |writable: bool| {
+        let mut e = json!({ "type": "nbd", "id": "e", "node-name": "f", "name": "x" });
+        e["writable"] = writable.into();
+        e
+    };
     let e = q.refused("block-export-add", export(true));
     assert!(e.desc.contains("read-only"), "{}", e.desc);
     q.command("block-export-add", export(false));
