@@ -238,10 +238,11 @@ impl Exports {
         self.list.borrow().iter().find(|e| e.id == id).map(|e| e.backend)
     }
 
-    /// All exports.
+    /// All exports, the newest first.
     pub fn list(&self) -> Vec<ExportInfo> {
         let list = self.list.borrow();
         list.iter()
+            .rev()
             .map(|e| ExportInfo {
                 id: e.id.clone(),
                 node: e.node.clone(),

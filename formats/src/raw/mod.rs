@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_node::{
-    Ability, Access, Binding, Child, ChildSpec, CreateArgs, Driver, DriverDef, IoFuture, Kind,
-    Limits, Mapping, OpenArgs, Opened, Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+    Ability, Access, Binding, Child, ChildSpec, CreateArgs, Driver, DriverDef, DriverInfo,
+    IoFuture, Kind, Limits, Mapping, OpenArgs, Opened, Perms, Reopen, Role, Status, WriteFlags,
+    ZeroFlags,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -254,6 +255,17 @@ impl Driver for Raw {
                 Error::new(ErrorKind::NoMedium, format!("'{}' is empty", self.child().label()))
             })?;
             node.driver().resize(below).await
+        })
+    }
+
+    fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
+        Box::pin(async move {
+            let Some(node) = self.child().node().await else { return Ok(DriverInfo::default()) };
+            let below = node.driver().info().await?;
+            // A window is not what one gets by opening the file's name.
+            let filename = below.filename.filter(|_| self.offset == 0 && self.fixed.is_none());
+            let (allocated, dirty) = (below.allocated, below.dirty);
+            Ok(DriverInfo { filename, allocated, dirty, ..DriverInfo::default() })
         })
     }
 

@@ -6,8 +6,8 @@ use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_io::sim::World;
 use gipfel_node::{
-    Ability, Child, Common, CreateArgs, Driver, DriverDef, IoFuture, Kind, Node, OpenArgs, Perm,
-    Perms, Role, Status, WriteFlags, ZeroFlags,
+    Ability, Child, Common, CreateArgs, Driver, DriverDef, DriverInfo, IoFuture, Kind, Node,
+    OpenArgs, Perm, Perms, Role, Status, WriteFlags, ZeroFlags,
 };
 use gipfel_testkit::{DiskModel, Rng};
 use serde_json::{Value, json};
@@ -99,6 +99,12 @@ impl Driver for Shared {
 
     fn zero_ability(&self) -> Ability {
         Ability::Native
+    }
+
+    fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
+        let allocated = Some(self.size());
+        let filename = Some("m.img".into());
+        Box::pin(async move { Ok(DriverInfo { filename, allocated, ..DriverInfo::default() }) })
     }
 }
 
@@ -256,6 +262,21 @@ fn windows_that_do_not_fit_are_refused() {
         }
         let i = open(vec![0; 1024], json!({ "offset": 1024 })).await.unwrap();
         assert_eq!(i.node.size(), 0);
+    });
+}
+
+#[test]
+fn only_the_whole_file_goes_by_its_name() {
+    World::new(8).run(async {
+        for (options, name) in [
+            (json!({}), Some("m.img")),
+            (json!({ "offset": 512 }), None),
+            (json!({ "size": 512 }), None),
+        ] {
+            let i = open(vec![0; 4096], options).await.unwrap();
+            let info = i.node.driver().info().await.unwrap();
+            assert_eq!((info.filename.as_deref(), info.allocated), (name, Some(4096)));
+        }
     });
 }
 

@@ -23,7 +23,6 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Served {
     pub daemon: Daemon,
     pub scratch: Scratch,
-    format: &'static str,
 }
 
 impl Served {
@@ -41,7 +40,7 @@ impl Served {
     /// Serves the `disk.qcow2` that is in the folder.
     pub fn existing(scratch: Scratch, node_options: &str) -> Served {
         let daemon = start(&scratch, node_options);
-        Served { daemon, scratch, format: "qcow2" }
+        Served { daemon, scratch }
     }
 
     /// Serves a raw image of `size` zero bytes.
@@ -54,11 +53,12 @@ impl Served {
         let scratch = Scratch::new(name);
         std::fs::File::create(scratch.path("disk.raw")).unwrap().set_len(size).unwrap();
         let daemon = start_over(&scratch, "raw", file_options, "", more);
-        Served { daemon, scratch, format: "raw" }
+        Served { daemon, scratch }
     }
 
     pub fn image(&self) -> String {
-        self.scratch.arg(&format!("disk.{}", self.format))
+        let raw = self.scratch.arg("disk.raw");
+        if std::path::Path::new(&raw).exists() { raw } else { self.scratch.arg("disk.qcow2") }
     }
 
     pub fn address(&self) -> Address {

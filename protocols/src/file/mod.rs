@@ -319,6 +319,8 @@ impl Driver for FileDriver {
             Ok(DriverInfo {
                 filename: Some(self.options.filename.clone()),
                 allocated: Some(i.allocated),
+                // A file is as its last write left it.
+                dirty: Some(false),
                 specific: Some(json!({ "type": "file", "data": {} })),
                 ..DriverInfo::default()
             })
