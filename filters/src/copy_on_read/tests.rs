@@ -1,3 +1,6 @@
+//! Copy-on-read over an overlay in memory, in the simulated world: what is copied, and that a
+//! guest's write always wins.
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;

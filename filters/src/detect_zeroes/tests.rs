@@ -1,3 +1,5 @@
+//! Which writes become zeros, in the simulated world.
+
 use gipfel_base::ByteRange;
 use gipfel_io::Buf;
 use gipfel_io::sim::{Rng, World};

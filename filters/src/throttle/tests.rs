@@ -1,3 +1,6 @@
+//! Properties of the throttle in simulated time: rates, bursts, turns, order, requests given up;
+//! and one run on real threads.
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -333,7 +336,7 @@ fn contradictions_are_named() {
         (json!({ "bps-read-max-length": 0 }), "at least 1"),
         (json!({ "bps-total": 1_000_000_000_000_001u64 }), "at most 1000000000000000"),
         (
-            json!({ "bps-total": 1, "bps-total-max": 1_000_000_000_000u64, "bps-total-max-length": 1001 }),
+            json!({ "iops-read": 1, "iops-read-max": 1u64 << 40, "iops-read-max-length": 1001 }),
             "times",
         ),
         (json!({ "iops-size": 512, "bps-total": 1 }), "'iops-size' needs"),
