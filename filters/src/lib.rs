@@ -8,6 +8,8 @@
 pub mod copy_on_read;
 pub mod detect_zeroes;
 mod filter;
+#[cfg(test)]
+mod testing;
 pub mod throttle;
 
 pub use copy_on_read::COPY_ON_READ;

@@ -1,4 +1,5 @@
-//! The implicit throttle of a backend: made, moved to another group, removed (block_set_io_throttle).
+//! The implicit throttle of a backend: made, moved to another group, removed
+//! (block_set_io_throttle).
 
 use std::rc::Rc;
 

@@ -1,0 +1,152 @@
+//! The implicit throttle of a backend (mutators.md, row block_set_io_throttle), in the simulated
+//! world.
+#![allow(missing_docs)]
+
+#[allow(dead_code, reason = "each test file uses its own part")]
+mod common;
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use common::{BLOCK, add_overlay, graph, picture};
+use gipfel_base::ErrorKind;
+use gipfel_graph::{BackendOptions, Graph, ZeroDetection};
+use gipfel_io::sim::World;
+use gipfel_io::{Buf, spawn_local};
+
+fn sim<F: Future>(seed: u64, f: impl FnOnce(Rc<Graph>) -> F) -> F::Output {
+    World::new(seed).run(async move { f(graph()).await })
+}
+
+fn writer() -> BackendOptions {
+    BackendOptions { writable: true, ..Default::default() }
+}
+
+/// The nodes below a backend, topmost first, without the numbers of implicit ones.
+async fn stack(g: &Rc<Graph>, backend: &str) -> Vec<String> {
+    let lines = picture(g).await;
+    let mut names = Vec::new();
+    let mut at = format!("{backend}.root");
+    while let Some(n) = lines.iter().find_map(|l| l.strip_prefix(&format!("{at} -> "))) {
+        names.push(n.trim_end_matches(|c: char| c.is_ascii_digit()).to_owned());
+        at = format!("{n}.file");
+    }
+    names
+}
+
+#[test]
+fn the_throttle_is_topmost_whenever_it_was_made() {
+    sim(1, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        let filters =
+            BackendOptions { copy_on_read: true, detect_zeroes: ZeroDetection::On, ..writer() };
+        let with = BackendOptions {
+            name: Some("vm0".into()),
+            throttle: Some("g".into()),
+            ..filters.clone()
+        };
+        g.attach("n", "device 'a'", with).await.unwrap();
+        let whole = ["#throttle", "#copy-on-read", "#detect-zeroes", "n", "#block"];
+        assert_eq!(stack(&g, "vm0").await, whole);
+        let without = BackendOptions { name: Some("vm1".into()), ..filters };
+        let (id, _) = g.attach("n", "device 'b'", without).await.unwrap();
+        assert_eq!(stack(&g, "vm1").await, whole[1..]);
+        let before = picture(&g).await;
+        g.set_throttle(id, Some("g")).await.unwrap();
+        assert_eq!(stack(&g, "vm1").await, whole);
+        assert_eq!(g.throttle_of(id).await.unwrap(), (Some("g".into()), "vm1".into()));
+        g.set_throttle(id, Some("h")).await.unwrap();
+        assert_eq!(stack(&g, "vm1").await, whole);
+        // A snapshot goes in below.
+        add_overlay(&g, "o").await.unwrap();
+        g.blockdev_snapshot("n", "o").await.unwrap();
+        assert_eq!(stack(&g, "vm1").await[..4], [whole[0], whole[1], whole[2], "o"]);
+        g.set_throttle(id, None).await.unwrap();
+        assert_eq!(stack(&g, "vm1").await[..3], [whole[1], whole[2], "o"]);
+        assert!(before.iter().all(|l| !l.contains("vm1.root -> #throttle")));
+    });
+}
+
+#[test]
+fn it_stays_with_a_backend_without_filters_or_medium() {
+    sim(2, async |g| {
+        let own = BackendOptions { name: Some("b0".into()), ..writer() };
+        g.backend_add(own, None).await.unwrap();
+        let before = picture(&g).await;
+        let id = g.throttled_backend("b0").await.unwrap();
+        g.set_throttle(id, Some("g")).await.unwrap();
+        assert_eq!(stack(&g, "b0").await, ["#throttle"]);
+        g.set_throttle(id, None).await.unwrap();
+        assert_eq!(picture(&g).await, before);
+        g.backend_del("b0").await.unwrap();
+        assert!(picture(&g).await.is_empty());
+    });
+}
+
+#[test]
+fn refusals_name_what_to_do_and_change_nothing() {
+    sim(3, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        let (id, _) = g.attach("n", "export 'e'", writer()).await.unwrap();
+        let before = picture(&g).await;
+        let e = g.throttled_backend("n").await.unwrap_err();
+        assert!(e.to_string().contains("throttle node"), "{e}");
+        let e = g.throttled_backend("nobody").await.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::NotFound);
+        let e = g.set_throttle(id, Some("none")).await.unwrap_err();
+        assert!(e.to_string().contains("no group 'none'"), "{e}");
+        assert_eq!(picture(&g).await, before);
+        g.detach(id).await.unwrap();
+        let e = g.set_throttle(id, Some("g")).await.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::NotFound);
+    });
+}
+
+#[test]
+fn a_writer_does_not_notice() {
+    for seed in 0..20 {
+        sim(seed, async |g| {
+            add_overlay(&g, "n").await.unwrap();
+            let (id, disk) = g.attach("n", "export 'e'", writer()).await.unwrap();
+            let ended = Rc::new(Cell::new(false));
+            let (d, stop) = (disk.clone(), ended.clone());
+            let writing = spawn_local(async move {
+                let mut n = 0u64;
+                while !stop.get() {
+                    n += 1;
+                    let at = n % 64 * BLOCK;
+                    let bytes = [n as u8; BLOCK as usize];
+                    d.write(at, Buf::from_slice(&bytes), false).await.unwrap();
+                    let back = Buf::new(BLOCK as usize);
+                    d.read(at, back.clone()).await.unwrap();
+                    assert_eq!(back.to_vec(), bytes);
+                }
+                n
+            });
+            for group in [Some("g"), Some("h"), None].into_iter().cycle().take(30) {
+                g.set_throttle(id, group).await.unwrap();
+                gipfel_io::yield_now().await;
+            }
+            ended.set(true);
+            assert!(writing.await > 0);
+            g.detach(id).await.unwrap();
+        });
+    }
+}
+
+#[test]
+fn edges_are_granted_what_the_graph_settled() {
+    sim(5, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        let (id, _) = g.attach("n", "export 'e'", writer()).await.unwrap();
+        g.set_throttle(id, Some("g")).await.unwrap();
+        let check = async || {
+            let m = g.model().await;
+            m.edges().for_each(|(_, e)| assert_eq!(e.live.granted(), e.perms.used, "{}", e.label));
+            m.edges().filter(|(_, e)| e.perms.writes()).count()
+        };
+        assert_eq!(check().await, 3);
+        g.detach(id).await.unwrap();
+        assert_eq!(check().await, 0);
+    });
+}
