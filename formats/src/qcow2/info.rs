@@ -46,10 +46,13 @@ impl Qcow2 {
         let mut data = json!({
             "compat": if h.version >= 3 { "1.1" } else { "0.10" },
             "compression-type": h.compression.name(),
-            "refcount-bits": 1u32 << h.geometry.refcount_order,
         });
+        // In the order of the reference, whose text for people follows it.
         if h.version >= 3 {
             data["lazy-refcounts"] = json!(h.compatible & LAZY_REFCOUNTS != 0);
+        }
+        data["refcount-bits"] = json!(1u32 << h.geometry.refcount_order);
+        if h.version >= 3 {
             data["corrupt"] = json!(h.incompatible & CORRUPT != 0);
             data["extended-l2"] = json!(false);
         }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
 use event_listener::Event;
-use gipfel_base::units::MIB;
+use gipfel_base::units::{KIB, MIB};
 use gipfel_base::{ByteRange, Error, Result, ResultExt};
 use gipfel_graph::Backend;
 use gipfel_io::{Buf, Handle, time};
@@ -18,8 +18,9 @@ use super::sparse;
 
 /// Pieces under way at once, at most.
 pub const MAX_WORKERS: usize = 16;
-/// Data are copied in pieces of this size, in bytes, unless longer holes are looked for.
-const PIECE: u64 = MIB;
+/// Data are copied in pieces of this size, in bytes, unless longer holes are looked for: those
+/// under way stay in a processor's cache between being read, searched and written.
+const PIECE: u64 = 256 * KIB;
 /// Zeros are written in pieces of this size, in bytes: few, but not so long that a target that
 /// has to write them out shows no progress.
 const ZERO_PIECE: u64 = 64 * MIB;

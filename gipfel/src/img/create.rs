@@ -8,7 +8,7 @@ use clap::{Arg, ArgMatches, Command};
 use gipfel_base::units::parse_size;
 use gipfel_base::{Error, Result, ResultExt};
 use gipfel_graph::{Graph, relative_to};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::open::{Named, find, open};
 use super::options::{self, Asked, Given};
@@ -148,10 +148,6 @@ pub async fn create(graph: &Rc<Graph>, new: New<'_>) -> Result<()> {
     }
     let (mut image, file) = options.values(format)?;
     image.insert("size".into(), json!(size));
-    // The default says nothing, and a driver without the feature would have to refuse it.
-    if image.get("extended-l2") == Some(&Value::Bool(false)) {
-        image.remove("extended-l2");
-    }
     graph.create_image(name, image, file).await
 }
 
