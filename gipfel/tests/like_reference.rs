@@ -50,6 +50,20 @@ fn script() -> Vec<(&'static str, Value)> {
         ("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "f" })),
         ("object-add", json!({ "qom-type": "iothread", "id": "io" })),
         ("object-add", json!({ "qom-type": "iothread", "id": "io" })),
+        ("object-add", json!({ "qom-type": "throttle-group", "id": "tg" })),
+        (
+            "blockdev-add",
+            json!({
+                "driver": "throttle", "node-name": "t", "throttle-group": "tg", "file": "r"
+            }),
+        ),
+        ("object-del", json!({ "id": "tg" })),
+        ("blockdev-del", json!({ "node-name": "t" })),
+        ("object-del", json!({ "id": "tg" })),
+        ("object-del", json!({ "id": "io" })),
+        ("object-del", json!({ "id": "io" })),
+        ("qom-list", json!({ "path": "/objects" })),
+        ("qom-list", json!({ "path": "/objects/io" })),
         (
             "blockdev-create",
             json!({

@@ -397,8 +397,12 @@ fn open_os(path: &Path, o: OpenOptions) -> Result<OwnedFd> {
     // SAFETY: `c` is a terminated string that outlives the call.
     let fd = unsafe { libc::open(c.as_ptr(), flags, 0o644) };
     if fd < 0 {
-        let e = last(&format!("opening '{text}'"));
-        return Err(if o.direct && e.errno() == libc::EINVAL {
+        let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+        // Where writing alone is refused, reading may well be allowed: that is worth knowing.
+        let refused = matches!(errno, libc::EPERM | libc::EACCES | libc::EROFS);
+        let how = if o.write && refused { " for writing" } else { "" };
+        let e = Error::os(errno, format!("opening '{text}'{how}"));
+        return Err(if o.direct && errno == libc::EINVAL {
             Error::unsupported(format!(
                 "opening '{text}': its file system has no direct I/O; leave cache.direct off"
             ))
