@@ -27,3 +27,7 @@ doc:
 # Run the tests again with a seed that a failure printed
 sim seed:
     GIPFEL_SEED={{seed}} cargo nextest run --workspace
+
+# The long forms of the tests; half an hour
+soak *args:
+    tools/soak {{args}}
