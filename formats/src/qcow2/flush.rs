@@ -123,15 +123,20 @@ impl Qcow2 {
         sectors: &[(usize, Vec<u64>)],
         turn: &mut Turn,
     ) -> Result<()> {
+        // Before the refcounts: a block that comes later is not in the table before its slice.
+        let blocks: Vec<(usize, u64)> = {
+            let r = self.refcounts();
+            r.table_dirty.iter().map(|i| (*i, r.table[*i])).collect()
+        };
         self.write_refcounts().await?;
         let relies = !slices.is_empty() || !sectors.is_empty();
-        let new_blocks = !self.refcounts().table_dirty.is_empty();
+        let new_blocks = !blocks.is_empty();
         let writes = self.flushing.writes.load(Ordering::SeqCst);
         if (relies || new_blocks) && writes != turn.writes {
             self.file().flush().await?;
             turn.writes = writes;
         }
-        self.write_refcount_table().await?;
+        self.write_refcount_table(blocks).await?;
         let host = |id: u64| {
             let guest = id * self.slice_reach();
             self.l2_slice_host(guest).ok().flatten()
@@ -190,8 +195,8 @@ impl Qcow2 {
     }
 
     /// Writes new entries of the refcount table, whose blocks are durable.
-    async fn write_refcount_table(&self) -> Result<()> {
-        if self.refcounts().table_dirty.is_empty() {
+    async fn write_refcount_table(&self, entries: Vec<(usize, u64)>) -> Result<()> {
+        if entries.is_empty() {
             return Ok(());
         }
         let room = {
@@ -202,10 +207,6 @@ impl Qcow2 {
             return self.move_refcount_table().await;
         }
         let offset = self.header().reftable_offset;
-        let entries: Vec<(usize, u64)> = {
-            let r = self.refcounts();
-            r.table_dirty.iter().map(|i| (*i, r.table[*i])).collect()
-        };
         for (i, host) in &entries {
             let at = offset + *i as u64 * 8;
             self.file().write(at, bytes(&[*host]), WriteFlags::default()).await?;
