@@ -440,6 +440,9 @@ pub struct Runtime {
     pool: Arc<Pool>,
 }
 
+/// How late the timers of an I/O thread may be, in nanoseconds; by default it is 50 us.
+const TIMER_SLACK: libc::c_ulong = 1_000;
+
 /// Threads for calls that the ring does not offer (open, seek for data, locks).
 const BLOCKING_THREADS: usize = 4;
 
@@ -517,6 +520,8 @@ fn io_thread(
             return;
         }
     };
+    // SAFETY: this option takes no pointers.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, TIMER_SLACK) };
     let _enter = Enter::new(local.clone());
     let _ = ready.send(Ok(()));
     while !shared.stop.load(Ordering::SeqCst) {

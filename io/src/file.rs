@@ -82,29 +82,33 @@ enum Inner {
 
 struct OsFile {
     fd: Arc<OwnedFd>,
-    /// A regular file behind the page cache: small writes are copies that the calling thread does
-    /// itself, since the ring would hand each to a kernel worker (decision 0003).
-    inline_writes: bool,
+    /// A regular file behind the page cache: small transfers are copies that the calling thread
+    /// does itself (decisions 0003 and 0006).
+    buffered: bool,
     /// What direct I/O demands of memory and of offsets, in bytes (1 without direct I/O).
     align: (u32, u32),
     /// Inline writes took too long; until this moment (nanoseconds) writes go through the ring.
     slow_until: AtomicU64,
     /// Flushes in flight: they can hold up a write for milliseconds.
     syncing: AtomicU32,
+    /// Reads left to go straight to the ring, since the page cache did not hold an earlier one;
+    /// `u32::MAX` for all of them: the file system has no reads that don't wait.
+    cold: AtomicU32,
 }
 
 impl OsFile {
     fn new(fd: OwnedFd) -> OsFile {
         let info = info_os(fd.as_raw_fd());
-        let inline_writes =
+        let buffered =
             info.as_ref().is_ok_and(|i| i.kind == FileKind::Regular && i.offset_align == 1);
         let align = info.map_or((1, 1), |i| (i.memory_align, i.offset_align));
         OsFile {
             fd: Arc::new(fd),
-            inline_writes,
+            buffered,
             align,
             slow_until: AtomicU64::new(0),
             syncing: AtomicU32::new(0),
+            cold: AtomicU32::new(0),
         }
     }
 
@@ -114,12 +118,41 @@ impl OsFile {
         (align > 1 && !buf.is_aligned(align)).then(|| Buf::new(buf.len().max(align)))
     }
 
+    /// Reads on this thread what the page cache holds; returns the bytes read.
+    fn read_inline(&self, offset: u64, buf: &Buf) -> usize {
+        if !self.buffered || buf.len() > INLINE_READ {
+            return 0;
+        }
+        match self.cold.load(Ordering::Relaxed) {
+            0 => {}
+            u32::MAX => return 0,
+            n => {
+                self.cold.store(n - 1, Ordering::Relaxed);
+                return 0;
+            }
+        }
+        let iov = libc::iovec { iov_base: buf.ptr().cast(), iov_len: buf.len() };
+        // SAFETY: the memory is the buffer's own and outlives the call.
+        let n = unsafe {
+            libc::preadv2(
+                self.fd.as_raw_fd(),
+                &raw const iov,
+                1,
+                offset as libc::off_t,
+                libc::RWF_NOWAIT,
+            )
+        };
+        if n < 0 {
+            let refused = std::io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP);
+            self.cold.store(if refused { u32::MAX } else { COLD_READS }, Ordering::Relaxed);
+        }
+        // An error is left to the ring, which meets it again and reports it.
+        usize::try_from(n).unwrap_or(0)
+    }
+
     /// Writes on this thread if that is known to be quick; returns the bytes written.
     fn write_inline(&self, offset: u64, buf: &Buf) -> usize {
-        if !self.inline_writes
-            || buf.len() > INLINE_WRITE
-            || self.syncing.load(Ordering::Relaxed) > 0
-        {
+        if !self.buffered || buf.len() > INLINE_WRITE || self.syncing.load(Ordering::Relaxed) > 0 {
             return 0;
         }
         let start = Instant::now();
@@ -155,6 +188,10 @@ impl Drop for Syncing<'_> {
     }
 }
 
+/// Longest read done by the calling thread, in bytes.
+const INLINE_READ: usize = 256 << 10;
+/// Reads that go through the ring after one that the page cache could not answer.
+const COLD_READS: u32 = 8;
 /// Longest write done by the calling thread, in bytes.
 const INLINE_WRITE: usize = 256 << 10;
 /// A write by the calling thread that took longer than this says that the file is slow now.
@@ -205,7 +242,7 @@ impl File {
 
     async fn read_os(file: &OsFile, offset: u64, buf: Buf) -> Result<()> {
         let fd = &file.fd;
-        let mut at = 0;
+        let mut at = file.read_inline(offset, &buf);
         while at < buf.len() {
             let n = (buf.len() - at).min(MAX_TRANSFER) as u32;
             let p = buf.ptr().wrapping_add(at);

@@ -2,14 +2,17 @@
 //!
 //! The reader takes whatever has arrived and parses all of it before it receives again. Payloads
 //! of large writes are received straight into the request's own aligned buffer; small ones are
-//! copied out of the receive buffer, which costs less than another receive.
+//! copied out of the receive buffer, which costs less than another receive. While a client still
+//! has replies to read, small requests are left to gather for a moment (decision 0006).
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use gipfel_base::units::KIB;
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_io::net::{Message, Stream};
+use gipfel_io::time::sleep;
 use gipfel_io::{Buf, spawn_local};
 
 use super::disk::Disk;
@@ -23,6 +26,14 @@ const RECEIVE: usize = 64 * KIB as usize;
 const HANDSHAKE_RECEIVE: usize = 4 * KIB as usize;
 /// Longest write payload that goes through the receive buffer.
 const COPIED: usize = 16 * KIB as usize;
+/// Requests gather while the client has this many bytes of replies to read.
+const GATHER_UNREAD: usize = 48 * KIB as usize;
+/// That many requests taken at once are enough: they need not gather.
+const GATHER_ENOUGH: usize = 8;
+/// Larger requests do not gather, in bytes.
+const GATHER_LARGEST: usize = 16 * KIB as usize;
+/// The longest time requests gather.
+const GATHER_MAX: Duration = Duration::from_micros(60);
 
 /// A connection past its handshake, with what the client sent ahead.
 pub(super) struct Opened<E> {
@@ -108,17 +119,29 @@ struct Reader<'a> {
     /// Bytes `start..end` of `buf` are received and not used yet.
     start: usize,
     end: usize,
+    /// Requests taken since the last receive, and what the largest of them holds, in bytes.
+    taken: usize,
+    largest: usize,
 }
 
 impl<'a> Reader<'a> {
     fn new(stream: &'a Stream, session: &'a Session, ahead: &Buf) -> Self {
         let buf = Buf::new(RECEIVE);
         buf.copy_from_buf(0, ahead);
-        Self { stream, session, buf, start: 0, end: ahead.len() }
+        Self { stream, session, buf, start: 0, end: ahead.len(), taken: 0, largest: 0 }
     }
 
     fn held(&self) -> usize {
         self.end - self.start
+    }
+
+    /// How long to let requests gather before the next receive, while the client has `unread`
+    /// bytes of replies to read: about half the time it needs for them, so that it does not run
+    /// dry. Large requests gain nothing by being taken together, nor do many.
+    fn gather_time(&self, unread: usize) -> Option<Duration> {
+        let few_and_small = self.taken < GATHER_ENOUGH && self.largest <= GATHER_LARGEST;
+        let time = Duration::from_micros(unread as u64 * 3 / (8 * KIB)).min(GATHER_MAX);
+        (few_and_small && unread >= GATHER_UNREAD).then_some(time)
     }
 
     /// Receives until `n` bytes (at most the buffer's size) are held.
@@ -126,6 +149,10 @@ impl<'a> Reader<'a> {
         while self.held() < n {
             if self.start == self.end {
                 (self.start, self.end) = (0, 0);
+                if let Some(time) = self.gather_time(self.stream.unread()) {
+                    sleep(time).await;
+                }
+                (self.taken, self.largest) = (0, 0);
             } else if self.start + n > self.buf.len() {
                 self.buf.copy_from_buf(0, &self.buf.slice(self.start..self.end));
                 (self.start, self.end) = (0, self.held());
@@ -165,6 +192,8 @@ impl<'a> Reader<'a> {
                 }
                 Verdict::Run(op) => {
                     let held = charge(&op);
+                    self.taken += 1;
+                    self.largest = self.largest.max(held);
                     flow.admit(held).await;
                     let payload = match payload {
                         0 => None,
