@@ -1,8 +1,9 @@
 //! One change of the graph, all or nothing (mutators.md, rule 7).
 //!
-//! Edit and check the draft (pure; may refuse) → flush nodes that lose their writers → take
-//! permissions outside the process (may refuse) → drain the re-pointed edges → swap → resume →
-//! give up permissions, close what was removed. Nothing can fail after the swap.
+//! Edit and check the draft (pure; may refuse) → flush nodes that lose their writers, or begin to
+//! (decision 0007) → take permissions outside the process (may refuse) → drain the re-pointed
+//! edges → swap → resume → end the flushes, give up permissions, close what was removed. Nothing
+//! of the change itself can fail after the swap.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -11,8 +12,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
 
+use gipfel_base::units::MIB;
 use gipfel_base::{Result, ResultExt};
-use gipfel_io::{Drained, spawn_local};
+use gipfel_io::{Drained, Task, spawn_local};
 use gipfel_node::node::Owed;
 use gipfel_node::{Child, Node, Perm, Perms};
 
@@ -45,6 +47,57 @@ struct Plan {
     changes: Vec<Change>,
     removed: Vec<Arc<Node>>,
     grants: Vec<Grant>,
+}
+
+/// A flush owed by a node that loses its writers.
+struct Debt {
+    node: Arc<Node>,
+    /// The nodes whose next flush waits for it.
+    to: Vec<Arc<Node>>,
+    owed: Arc<Owed>,
+    /// Writing back, begun before the change.
+    begun: Option<Task<()>>,
+}
+
+/// A node with more unflushed bytes than this is not flushed before the change, but only begins.
+const FLUSHED_FIRST: u64 = 4 * MIB;
+
+impl Debt {
+    /// What is quickly flushed is flushed now, and if that fails the change is refused. Where much
+    /// is unflushed, the flush would be felt: then writing back begins, and the rest is done after
+    /// the change.
+    async fn begin(node: Arc<Node>, to: Vec<Arc<Node>>) -> Result<Debt> {
+        let below = Node::all_below(node.clone());
+        let owed = Arc::new(Owed::default());
+        let unflushed: u64 = below.iter().map(|n| n.driver().unflushed()).sum();
+        let begun = if unflushed <= FLUSHED_FIRST {
+            let at = || format!("flushing node '{}' before it loses its writers", node.name());
+            node.driver().flush().await.at(at)?;
+            None
+        } else {
+            let hurry = owed.clone();
+            Some(spawn_local(async move {
+                for n in below {
+                    n.driver().write_back(&|| hurry.wanted()).await;
+                }
+            }))
+        };
+        Ok(Debt { node, to, owed, begun })
+    }
+
+    /// Lets the next flushes through the new path wait for this one.
+    fn announce(&self) {
+        self.to.iter().for_each(|n| n.owe(self.owed.clone()));
+    }
+
+    async fn settle(self) {
+        if let Some(begun) = self.begun {
+            begun.await;
+        }
+        let name = self.node.name();
+        let at = || format!("flushing node '{name}' after it lost its writers");
+        self.owed.settle(self.node.driver().flush().await.at(at));
+    }
 }
 
 /// An edge that may do something else than before.
@@ -130,10 +183,9 @@ impl Graph {
         perms::settle(&mut draft)?;
         let plan = Plan::of(&draft);
         let losers = plan.losers();
-        for (node, _) in &losers {
-            // Most of what is unflushed goes out while the clients still run.
-            let at = || format!("flushing node '{}' before it loses its writers", node.name());
-            node.driver().flush().await.at(at)?;
+        let mut debts = Vec::with_capacity(losers.len());
+        for (node, to) in losers {
+            debts.push(Debt::begin(node, to).await?);
         }
         acquire(&plan.changes).await?;
         draft.keep();
@@ -141,12 +193,11 @@ impl Graph {
         plan.grants.iter().for_each(|g| g.edge.grant(g.old & g.new));
         swap(plan.swaps).await;
         plan.grants.iter().for_each(|g| g.edge.grant(g.new));
-        let deferred = !losers.is_empty();
-        let owed: Vec<_> = losers.into_iter().map(|(n, to)| (n, owe(&to))).collect();
-        if deferred {
-            self.clone().settle_later(owed, plan.changes.iter().map(|c| c.id).collect());
-        } else {
+        if debts.is_empty() {
             release(plan.changes.iter().map(|c| (&c.node, c.new))).await;
+        } else {
+            debts.iter().for_each(Debt::announce);
+            self.clone().settle_later(debts, plan.changes.iter().map(|c| c.id).collect());
         }
         for n in plan.removed {
             if let Err(e) = n.driver().close().await {
@@ -158,11 +209,10 @@ impl Graph {
 
     /// Flushes nodes that lost their writers, tells whoever waits for it, and then gives up what
     /// is no longer needed, such as write locks (mutators.md, rule 9).
-    fn settle_later(self: Rc<Self>, owed: Vec<(Arc<Node>, Arc<Owed>)>, nodes: Vec<NodeId>) {
+    fn settle_later(self: Rc<Self>, debts: Vec<Debt>, nodes: Vec<NodeId>) {
         spawn_local(async move {
-            for (node, owed) in owed {
-                let at = || format!("flushing node '{}' after it lost its writers", node.name());
-                owed.settle(node.driver().flush().await.at(at));
+            for debt in debts {
+                debt.settle().await;
             }
             let model = self.state.lock().await;
             let known = nodes.iter().filter_map(|n| model.get_node(*n));
@@ -170,14 +220,6 @@ impl Graph {
         })
         .detach();
     }
-}
-
-fn owe(to: &[Arc<Node>]) -> Arc<Owed> {
-    let owed = Arc::new(Owed::default());
-    for n in to {
-        n.owe(owed.clone());
-    }
-    owed
 }
 
 /// Takes what the old and the new state need together; on failure gives it back.

@@ -168,6 +168,34 @@ fn a_failed_flush_refuses_the_snapshot() {
     });
 }
 
+/// Decision 0007: with much to flush a snapshot waits for no flush; the next one does, and it ends
+/// the leisurely writing back that came first.
+#[test]
+fn a_large_flush_comes_after_the_snapshot() {
+    for fails in [false, true] {
+        sim(5, async move |g| {
+            let file = json!({ "driver": "mem", "unflushed": 1 << 30, "fail-flush": fails });
+            let n = json!({ "driver": "overlay", "node-name": "n", "file": file, "backing": null });
+            g.blockdev_add(map(n)).await.unwrap();
+            let (_, b) = g.attach("n", "export 'e'", writer()).await.unwrap();
+            add_overlay(&g, "o").await.unwrap();
+            write_byte(&b, 0, 9).await;
+            g.blockdev_snapshot("n", "o").await.unwrap();
+            write_byte(&b, 1, 8).await;
+            let r = b.flush().await;
+            match fails {
+                false => r.unwrap(),
+                true => {
+                    let says = r.unwrap_err().to_string();
+                    assert!(says.contains("node 'n' after it lost its writers"), "{says}");
+                    b.flush().await.expect_err("what was lost stays lost");
+                }
+            }
+            assert_eq!((read_byte(&b, 0).await, read_byte(&b, 1).await), (9, 8));
+        });
+    }
+}
+
 #[test]
 fn permissions_conflict_by_name() {
     sim(6, async |g| {

@@ -91,6 +91,8 @@ struct OsFile {
     slow_until: AtomicU64,
     /// Flushes in flight: they can hold up a write for milliseconds.
     syncing: AtomicU32,
+    /// Bytes written since the last flush began.
+    unsynced: AtomicU64,
     /// Reads left to go straight to the ring, since the page cache did not hold an earlier one;
     /// `u32::MAX` for all of them: the file system has no reads that don't wait.
     cold: AtomicU32,
@@ -108,6 +110,7 @@ impl OsFile {
             align,
             slow_until: AtomicU64::new(0),
             syncing: AtomicU32::new(0),
+            unsynced: AtomicU64::new(0),
             cold: AtomicU32::new(0),
         }
     }
@@ -277,6 +280,7 @@ impl File {
                 bounce.slice(0..buf.len())
             }
         };
+        file.unsynced.fetch_add(buf.len() as u64, Ordering::Relaxed);
         let fd = &file.fd;
         let mut at = file.write_inline(offset, &buf);
         while at < buf.len() {
@@ -305,8 +309,38 @@ impl File {
         let fd = &file.fd;
         let entry = opcode::Fsync::new(Fd(fd.as_raw_fd())).flags(FsyncFlags::DATASYNC).build();
         let _syncing = Syncing::new(&file.syncing);
+        file.unsynced.store(0, Ordering::Relaxed);
         let (res, _) = Op::submit(entry, Keep::File { _fd: fd.clone(), _buf: None }).await;
         check(res, || "flush".to_owned()).map(drop)
+    }
+
+    /// Bytes written since the last flush began: about what a flush has to write.
+    pub fn unsynced(&self) -> u64 {
+        match &self.0 {
+            Inner::Os(f) => f.unsynced.load(Ordering::Relaxed),
+            Inner::Sim(_) => 0,
+        }
+    }
+
+    /// Where in `range` the page cache holds bytes that are not written back, in pieces of `piece`
+    /// bytes. Empty where the kernel does not tell (before Linux 6.5).
+    pub async fn dirty(&self, range: ByteRange, piece: u64) -> Result<Vec<ByteRange>> {
+        match &self.0 {
+            Inner::Os(f) => Self::call_os(f, move |fd| Ok(dirty_os(fd, range, piece))).await,
+            Inner::Sim(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Starts to write `range` back to storage. It waits for nothing and makes nothing durable;
+    /// an error is left to the next flush, which meets it too.
+    pub async fn start_write_back(&self, range: ByteRange) {
+        if let Inner::Os(f) = &self.0 {
+            let entry = opcode::SyncFileRange::new(Fd(f.fd.as_raw_fd()), range.len() as u32)
+                .offset(range.start())
+                .flags(libc::SYNC_FILE_RANGE_WRITE)
+                .build();
+            Op::submit(entry, Keep::File { _fd: f.fd.clone(), _buf: None }).await;
+        }
     }
 
     async fn fallocate(&self, fd: &Arc<OwnedFd>, range: ByteRange, mode: i32) -> Result<()> {
@@ -476,6 +510,44 @@ fn extent_os(fd: RawFd, offset: u64) -> Result<(bool, u64)> {
         }
         // The data were given back between the two questions.
     }
+}
+
+/// The number of the system call cachestat(2), which `libc` does not name for this target yet. It
+/// is the same on every architecture but alpha.
+const CACHESTAT: libc::c_long = 451;
+/// Ranges of a [`dirty_os`] search are asked in this many parts at a time.
+const DIRTY_PARTS: u64 = 64;
+
+fn dirty_os(fd: RawFd, range: ByteRange, piece: u64) -> Vec<ByteRange> {
+    let mut found = Vec::new();
+    // Ranges to be looked at, the lowest last.
+    let mut open = vec![range];
+    while let Some(r) = open.pop() {
+        match dirty_pages(fd, r) {
+            None => return Vec::new(),
+            Some(0) => {}
+            Some(_) if r.len() <= piece => found.push(r),
+            Some(_) => {
+                let part = r.len().div_ceil(DIRTY_PARTS).next_multiple_of(piece);
+                let starts = (r.start()..r.end()).step_by(part as usize);
+                let parts = starts.map(|s| ByteRange::new(s, part.min(r.end() - s)));
+                let from = open.len();
+                open.extend(parts);
+                open[from..].reverse();
+            }
+        }
+    }
+    found
+}
+
+/// Pages of `range` that wait to be written back (cachestat(2)).
+fn dirty_pages(fd: RawFd, range: ByteRange) -> Option<u64> {
+    let asked = [range.start(), range.len()];
+    // Of cached, dirty, under write-back, evicted, recently evicted pages.
+    let mut counts = [0u64; 5];
+    // SAFETY: the call reads a pair of 64-bit numbers and writes five; both outlive it.
+    let r = unsafe { libc::syscall(CACHESTAT, fd, asked.as_ptr(), counts.as_mut_ptr(), 0) };
+    (r == 0).then_some(counts[1])
 }
 
 fn seek_error() -> Result<Option<u64>> {

@@ -1,6 +1,5 @@
 //! An edge: the named link from a parent to a node, and the one place where requests cross it.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -26,19 +25,8 @@ struct Expedited(Vec<Arc<Node>>);
 
 impl Expedited {
     fn new(top: Arc<Node>) -> Expedited {
-        // Once each, in whichever way nodes are shared below.
-        let mut found = vec![top];
-        let mut seen: HashSet<*const Node> = found.iter().map(Arc::as_ptr).collect();
-        let mut at = 0;
-        while at < found.len() {
-            let node = found[at].clone();
-            for c in node.driver().children() {
-                let below = c.try_enter().and_then(|e| e.clone());
-                found.extend(below.filter(|n| seen.insert(Arc::as_ptr(n))));
-            }
-            node.driver().expedite(true);
-            at += 1;
-        }
+        let found = Node::all_below(top);
+        found.iter().for_each(|n| n.driver().expedite(true));
         Expedited(found)
     }
 }

@@ -181,6 +181,23 @@ pub trait Driver: Send + Sync + 'static {
     /// Makes all completed writes durable, metadata and children included.
     fn flush<'a>(&'a self) -> IoFuture<'a>;
 
+    /// About how many bytes a flush of this node would have to write itself, in bytes; what its
+    /// children hold is not counted. Answered without waiting.
+    fn unflushed(&self) -> u64 {
+        0
+    }
+
+    /// Lets storage begin with what a flush would have to write, bit by bit, so that requests
+    /// don't feel it and the flush has little left. Ends early once `enough` says so. It makes
+    /// nothing durable and reports nothing: the flush does.
+    fn write_back<'a>(
+        &'a self,
+        enough: &'a dyn Fn() -> bool,
+    ) -> Pin<Box<dyn Future<Output = ()> + 'a>> {
+        let _ = enough;
+        Box::pin(async {})
+    }
+
     /// What is known of the first bytes of `range`.
     fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status>;
 

@@ -1,5 +1,7 @@
 //! A node: a driver instance under a name.
 
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_listener::Event;
@@ -21,11 +23,12 @@ pub struct Node {
 pub struct Owed {
     outcome: Mutex<Option<Result<()>>>,
     settled: Event,
+    wanted: AtomicBool,
 }
 
 impl Default for Owed {
     fn default() -> Self {
-        Owed { outcome: Mutex::new(None), settled: Event::new() }
+        Owed { outcome: Mutex::new(None), settled: Event::new(), wanted: AtomicBool::new(false) }
     }
 }
 
@@ -36,11 +39,17 @@ impl Owed {
         self.settled.notify(usize::MAX);
     }
 
+    /// Whether somebody waits for it.
+    pub fn wanted(&self) -> bool {
+        self.wanted.load(Ordering::Relaxed)
+    }
+
     fn outcome(&self) -> Option<Result<()>> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn wait(&self) -> Result<()> {
+        self.wanted.store(true, Ordering::Relaxed);
         loop {
             if let Some(r) = self.outcome() {
                 return r;
@@ -78,6 +87,23 @@ impl Node {
     /// Visible size in bytes.
     pub fn size(&self) -> u64 {
         self.driver.size()
+    }
+
+    /// `top` and all nodes below it, once each, in whichever way they are shared. An edge that is
+    /// being changed is left out.
+    pub fn all_below(top: Arc<Node>) -> Vec<Arc<Node>> {
+        let mut found = vec![top];
+        let mut seen: HashSet<*const Node> = found.iter().map(Arc::as_ptr).collect();
+        let mut at = 0;
+        while at < found.len() {
+            let node = found[at].clone();
+            for c in node.driver().children() {
+                let below = c.try_enter().and_then(|e| e.clone());
+                found.extend(below.filter(|n| seen.insert(Arc::as_ptr(n))));
+            }
+            at += 1;
+        }
+        found
     }
 
     /// Lets the next flushes of this node wait for `owed`.

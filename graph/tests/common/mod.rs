@@ -2,6 +2,7 @@
 //! Every request takes a random time of the simulated clock.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -28,6 +29,8 @@ async fn pause(salt: u64) {
 struct Memory {
     bytes: Mutex<Vec<u8>>,
     fail_flush: AtomicBool,
+    /// What it says it has to flush; then writing back only ends when it is told to.
+    unflushed: u64,
 }
 
 impl Driver for Memory {
@@ -63,6 +66,21 @@ impl Driver for Memory {
         })
     }
 
+    fn unflushed(&self) -> u64 {
+        self.unflushed
+    }
+
+    fn write_back<'a>(
+        &'a self,
+        enough: &'a dyn Fn() -> bool,
+    ) -> Pin<Box<dyn Future<Output = ()> + 'a>> {
+        Box::pin(async move {
+            while self.unflushed > 0 && !enough() {
+                pause(5).await;
+            }
+        })
+    }
+
     fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
         Box::pin(async move { Ok(Status::data(range.len(), Some(range.start()))) })
     }
@@ -73,7 +91,8 @@ fn open_memory(a: OpenArgs) -> IoFuture<'static, Opened> {
         let size = a.options["size"].as_u64().unwrap_or(64 * BLOCK);
         let fail = a.options["fail-flush"].as_bool().unwrap_or(false);
         let bytes = Mutex::new(vec![0; size as usize]);
-        let driver = Box::new(Memory { bytes, fail_flush: AtomicBool::new(fail) });
+        let unflushed = a.options["unflushed"].as_u64().unwrap_or(0);
+        let driver = Box::new(Memory { bytes, fail_flush: AtomicBool::new(fail), unflushed });
         Ok(Opened { driver, implicit: Vec::new() })
     })
 }

@@ -16,6 +16,7 @@ mod space;
 mod tests;
 
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -276,6 +277,18 @@ impl Driver for FileDriver {
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
         Box::pin(self.flush_file())
+    }
+
+    fn unflushed(&self) -> u64 {
+        // Direct writes are past the page cache already.
+        if self.direct_io { 0 } else { self.file().unsynced() }
+    }
+
+    fn write_back<'a>(
+        &'a self,
+        enough: &'a dyn Fn() -> bool,
+    ) -> Pin<Box<dyn Future<Output = ()> + 'a>> {
+        Box::pin(self.write_back_file(enough))
     }
 
     fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
