@@ -1,11 +1,14 @@
 //! The backend: the one door through which one client reaches the graph.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_node::{Ability, Child, Limits, Status, WriteFlags, ZeroFlags};
+
+use crate::faults::{Faults, Operation, Verdict};
 
 /// What a backend holds on to when its node is overlaid or replaced (mutators.md, rule 3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,22 +33,27 @@ pub struct Accounting {
 pub struct Backend {
     name: String,
     root: Arc<Child>,
-    writable: bool,
+    writable: AtomicBool,
     write_through: AtomicBool,
+    /// The client sees no medium, though there may be one: its tray is open.
+    hidden: AtomicBool,
     /// Size of the medium when it was last seen, in bytes.
     size: AtomicU64,
     accounting: Accounting,
+    faults: Faults,
 }
 
 impl Backend {
-    pub(crate) fn new(name: String, root: Arc<Child>, writable: bool) -> Arc<Backend> {
+    pub(crate) fn new(name: String, root: Arc<Child>, faults: Faults) -> Arc<Backend> {
         Arc::new(Backend {
             name,
             root,
-            writable,
+            writable: AtomicBool::new(false),
             write_through: AtomicBool::new(false),
+            hidden: AtomicBool::new(false),
             size: AtomicU64::new(0),
             accounting: Accounting::default(),
+            faults,
         })
     }
 
@@ -61,10 +69,29 @@ impl Backend {
 
     /// Whether its client may write.
     pub fn is_writable(&self) -> bool {
-        self.writable
+        self.writable.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_writable(&self, on: bool) {
+        self.writable.store(on, Ordering::Relaxed);
+    }
+
+    /// Hides the medium from the client, or shows it.
+    pub(crate) fn hide(&self, on: bool) {
+        self.hidden.store(on, Ordering::SeqCst);
+    }
+
+    /// What becomes of requests that fail.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
     }
 
     /// Whether every write is made durable before it completes.
+    pub fn is_write_through(&self) -> bool {
+        self.write_through.load(Ordering::Relaxed)
+    }
+
+    /// Lets every write be made durable before it completes, or not.
     pub fn set_write_through(&self, on: bool) {
         self.write_through.store(on, Ordering::Relaxed);
     }
@@ -74,9 +101,12 @@ impl Backend {
         &self.accounting
     }
 
-    /// Size of the medium in bytes, 0 without one; while the medium is being changed, what it
-    /// was before.
+    /// Size of the medium in bytes, 0 where the client sees none; while the medium is being
+    /// changed, what it was before.
     pub fn size(&self) -> u64 {
+        if self.hidden.load(Ordering::Relaxed) {
+            return 0;
+        }
         let Some(e) = self.root.try_enter() else {
             return self.size.load(Ordering::Relaxed);
         };
@@ -103,8 +133,13 @@ impl Backend {
         Error::new(ErrorKind::NoMedium, format!("backend '{}' has no medium", self.name))
     }
 
+    fn check_medium(&self) -> Result<()> {
+        if self.hidden.load(Ordering::Relaxed) { Err(self.no_medium()) } else { Ok(()) }
+    }
+
     fn check_writable(&self) -> Result<()> {
-        if self.writable {
+        self.check_medium()?;
+        if self.is_writable() {
             return Ok(());
         }
         Err(Error::new(ErrorKind::ReadOnly, format!("backend '{}' is read-only", self.name)))
@@ -117,10 +152,30 @@ impl Backend {
         }
     }
 
+    /// Does `request` until it succeeds or the policy for failed requests settles it.
+    async fn settle<F: Future<Output = Result<()>>>(
+        &self,
+        operation: Operation,
+        request: impl Fn() -> F,
+    ) -> Result<()> {
+        loop {
+            let Err(e) = request().await else { return Ok(()) };
+            match self.faults.judge(&self.name, operation, &e).await {
+                Verdict::Report => return Err(e),
+                Verdict::Ignore => return Ok(()),
+                Verdict::Again => {}
+            }
+        }
+    }
+
     /// Reads all of `buf` from `offset` (bytes).
     pub async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
+        self.check_medium()?;
         self.count(0, buf.len() as u64);
-        self.root.read(offset, buf).await
+        if !self.faults.settles(Operation::Read) {
+            return self.root.read(offset, buf).await;
+        }
+        self.settle(Operation::Read, || self.root.read(offset, buf.clone())).await
     }
 
     /// Writes all of `buf` at `offset` (bytes). The medium does not grow.
@@ -129,7 +184,11 @@ impl Backend {
         self.check_end(offset, buf.len() as u64)?;
         self.count(1, buf.len() as u64);
         let fua = fua || self.write_through.load(Ordering::Relaxed);
-        self.root.write(offset, buf, WriteFlags { fua, unchanged: false }).await
+        let flags = WriteFlags { fua, unchanged: false };
+        if !self.faults.settles(Operation::Write) {
+            return self.root.write(offset, buf, flags).await;
+        }
+        self.settle(Operation::Write, || self.root.write(offset, buf.clone(), flags)).await
     }
 
     /// Makes `range` read as zeros.
@@ -138,25 +197,31 @@ impl Backend {
         self.check_end(range.start(), range.len())?;
         self.count(1, range.len());
         flags.fua |= self.write_through.load(Ordering::Relaxed);
-        self.root.write_zeroes(range, flags).await
+        // That it would be slow is an answer, no failure.
+        if flags.no_fallback || !self.faults.settles(Operation::Write) {
+            return self.root.write_zeroes(range, flags).await;
+        }
+        self.settle(Operation::Write, || self.root.write_zeroes(range, flags)).await
     }
 
     /// Lets go of the contents of `range`.
     pub async fn discard(&self, range: ByteRange) -> Result<()> {
         self.check_writable()?;
         self.count(1, 0);
-        self.root.discard(range).await
+        self.settle(Operation::Write, || self.root.discard(range)).await
     }
 
     /// Makes all completed writes durable.
     pub async fn flush(&self) -> Result<()> {
+        self.check_medium()?;
         self.count(2, 0);
-        self.root.flush().await
+        self.settle(Operation::Write, || self.root.flush()).await
     }
 
     /// What a reader finds in the first bytes of `range`, backing chain included, and how many
     /// overlays were passed.
     pub async fn status(&self, range: ByteRange) -> Result<(Status, u32)> {
+        self.check_medium()?;
         self.root.status_through(range).await
     }
 

@@ -2,12 +2,12 @@
 
 use std::rc::Rc;
 
-use gipfel_base::{Error, ErrorKind, Result, ResultExt};
+use gipfel_base::{Error, Result};
 use gipfel_node::{Child, Common, CreateArgs, Kind, Perm, Perms};
 use serde_json::{Map, Value, json};
 
 use crate::graph::{BackendOptions, Graph};
-use crate::model::{Model, Named};
+use crate::model::Model;
 use crate::snapshot::remove_file;
 
 impl Graph {
@@ -101,34 +101,6 @@ impl Graph {
             remove_file(path).await;
         }
         made
-    }
-
-    /// Makes a backend without a client, on `node` or without a medium.
-    pub async fn backend_add(
-        self: &Rc<Self>,
-        options: BackendOptions,
-        node: Option<&str>,
-    ) -> Result<()> {
-        let name = options.name.clone().unwrap_or_default();
-        let mut model = self.state.lock().await;
-        model.check_backend_name(&name)?;
-        let node = node.map(|n| model.find_disk(n)).transpose()?;
-        self.new_backend(&mut model, name, options, node, None).await.map(drop)
-    }
-
-    /// Removes a backend that has no client.
-    pub async fn backend_del(self: &Rc<Self>, name: &str) -> Result<()> {
-        let mut model = self.state.lock().await;
-        let Some(Named::Backend(id)) = model.lookup(name) else {
-            return Err(Error::new(ErrorKind::NotFound, format!("there is no backend '{name}'")));
-        };
-        if let Some(c) = &model.backend(id).client {
-            return Err(Error::new(ErrorKind::InUse, format!("backend '{name}' is in use by {c}")));
-        }
-        self.transact(&mut model, |d| d.remove_backend(id))
-            .await
-            .map(drop)
-            .at(|| format!("backend '{name}'"))
     }
 }
 

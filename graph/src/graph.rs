@@ -1,14 +1,18 @@
 //! The running graph: the model, the lock that serialises changes, backends and their clients.
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use async_lock::{Mutex, MutexGuard};
-use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_base::Result;
 use gipfel_node::{Child, Driver, DriverDef, Node, Perm, Perms, Role};
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use crate::backend::{Backend, Follow};
+use crate::backends::Tray;
+use crate::faults::{FaultSink, Faults, OnError};
+use crate::medium;
 use crate::model::{
     BackendId, BackendInfo, Draft, EdgeInfo, Model, Named, NodeId, NodeInfo, Owner, Parent,
 };
@@ -33,18 +37,35 @@ pub struct BackendOptions {
     pub copy_on_read: bool,
     /// The implicit filter detect-zeroes.
     pub detect_zeroes: ZeroDetection,
+    /// Whether every write is made durable before it completes.
+    pub write_through: bool,
+    /// Whether its medium can be taken out. Only for backends that are made before their client.
+    pub removable: bool,
+    /// What becomes of reads that fail.
+    pub on_read_error: OnError,
+    /// What becomes of other requests that fail.
+    pub on_write_error: OnError,
+    /// DriveInfo: what `--drive` said of the device.
+    pub drive: Option<Map<String, Value>>,
 }
 
 /// The running graph. Lives on the control thread; requests never come here.
 pub struct Graph {
     pub(crate) state: Mutex<Model>,
     pub(crate) registry: Registry,
+    faults: OnceCell<FaultSink>,
 }
 
 impl Graph {
     /// An empty graph over these drivers.
     pub fn new(registry: Registry) -> Rc<Graph> {
-        Rc::new(Graph { state: Mutex::new(Model::default()), registry })
+        Rc::new(Graph { state: Mutex::default(), registry, faults: OnceCell::new() })
+    }
+
+    /// Lets `sink` know of failed requests of backends that are made by name from now on.
+    pub fn tell_faults(&self, sink: FaultSink) {
+        // Who asks first is told.
+        let _ = self.faults.set(sink);
     }
 
     /// The drivers it knows.
@@ -67,23 +88,7 @@ impl Graph {
     ) -> Result<(BackendId, Arc<Backend>)> {
         let mut model = self.state.lock().await;
         if let Some(Named::Backend(id)) = model.lookup(name) {
-            let b = model.backend(id);
-            if let Some(c) = &b.client {
-                return Err(Error::new(
-                    ErrorKind::InUse,
-                    format!("backend '{name}' has a client already: {c}"),
-                ));
-            }
-            if options.writable && !b.live.is_writable() {
-                return Err(Error::new(
-                    ErrorKind::ReadOnly,
-                    format!("backend '{name}' was made read-only"),
-                ));
-            }
-            let mut draft = Draft::new(&mut model);
-            draft.backend_mut(id).client = Some(client.to_owned());
-            let live = draft.backend(id).live.clone();
-            draft.keep();
+            let live = self.take_backend(&mut model, id, client, &options).await?;
             return Ok((id, live));
         }
         let node = model.find_disk(name)?;
@@ -106,17 +111,26 @@ impl Graph {
         node: Option<NodeId>,
         client: Option<&str>,
     ) -> Result<(BackendId, Arc<Backend>)> {
+        let sink = self.faults.get().filter(|_| options.name.is_some()).cloned();
+        let faults = Faults::new(sink);
+        faults.set_policies(options.on_read_error, options.on_write_error)?;
         let owner = owner_name(&name, client.filter(|_| options.name.is_none()));
         let filters = self.make_stack(model, &options, &owner)?;
         let edit = |draft: &mut Draft<'_>| {
-            let id = add_backend(draft, name, &options, filters, client)?;
-            if let Some(n) = node {
-                insert_medium(draft, id, n)?;
+            let id = add_backend(draft, name, &options, faults, filters, client)?;
+            if node.is_some() {
+                medium::put(draft, id, node)?;
+                if let Some(t) = &mut draft.backend_mut(id).tray {
+                    t.open = false;
+                }
             }
             Ok(id)
         };
         let (id, model) = self.transact(model, edit).await?;
-        Ok((id, model.backend(id).live.clone()))
+        let live = model.backend(id).live.clone();
+        live.set_writable(client.is_some() && model.backend(id).options.writable);
+        live.set_write_through(model.backend(id).options.write_through);
+        Ok((id, live))
     }
 
     /// Lets go of a client's backend: one made along goes, a pre-made one stays.
@@ -129,7 +143,7 @@ impl Graph {
             if draft.backend(id).made_along {
                 draft.remove_backend(id)
             } else {
-                draft.backend_mut(id).client = None;
+                Self::leave_backend(draft, id);
                 Ok(())
             }
         })
@@ -255,13 +269,8 @@ pub(crate) fn owner_name(backend: &str, client: Option<&str>) -> String {
     client.map_or_else(|| format!("backend '{backend}'"), str::to_owned)
 }
 
-fn add_backend(
-    draft: &mut Draft<'_>,
-    name: String,
-    options: &BackendOptions,
-    filters: Vec<Filter>,
-    client: Option<&str>,
-) -> Result<BackendId> {
+/// What a client that wants these options needs and allows.
+pub(crate) fn client_perms(options: &BackendOptions) -> Perms {
     let mut used = Perm::CONSISTENT_READ;
     if options.writable {
         used = used | Perm::WRITE;
@@ -271,16 +280,30 @@ fn add_backend(
     }
     let shared =
         if options.alone { Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED } else { Perm::ALL };
-    let perms = Perms { used, shared };
+    Perms { used, shared }
+}
+
+fn add_backend(
+    draft: &mut Draft<'_>,
+    name: String,
+    options: &BackendOptions,
+    faults: Faults,
+    filters: Vec<Filter>,
+    client: Option<&str>,
+) -> Result<BackendId> {
+    // Nothing is held for a client that is not there.
+    let perms = if client.is_some() { client_perms(options) } else { Perms::IDLE };
     let id = draft.add_backend(|root| {
         let edge = Child::new(format!("{name}.root"), None);
-        let live = Backend::new(name.clone(), edge.clone(), options.writable);
+        let live = Backend::new(name.clone(), edge.clone(), faults);
         let info = BackendInfo {
             name,
             root,
             stack: Vec::new(),
             throttle: options.throttle.clone(),
             made_along: client.is_some(),
+            options: options.clone(),
+            tray: options.removable.then_some(Tray { open: true, locked: false }),
             client: client.map(str::to_owned),
             perms,
             follow: options.follow,
@@ -300,11 +323,4 @@ fn add_backend(
     draft.repoint(root, below)?;
     draft.backend_mut(id).stack = stack;
     Ok(id)
-}
-
-/// Points a backend, under its client-side filters, at the top of `node`'s node-side ones.
-fn insert_medium(draft: &mut Draft<'_>, id: BackendId, node: NodeId) -> Result<()> {
-    let edge = draft.cut_edge(draft.backend(id));
-    let top = draft.top_of(node);
-    draft.repoint(edge, Some(top))
 }

@@ -6,10 +6,13 @@
 
 mod add;
 pub mod backend;
+mod backends;
 mod create;
+mod faults;
 mod filename;
 mod graph;
 mod image;
+mod medium;
 pub mod model;
 mod open;
 mod perms;
@@ -22,8 +25,11 @@ mod throttle;
 mod transaction;
 
 pub use backend::{Backend, Follow};
+pub use backends::Tray;
+pub use faults::{FaultSink, Faults, IoFault, IoStatus, OnError, Operation};
 pub use filename::{nest, relative_to};
 pub use graph::{BackendOptions, Graph};
+pub use medium::{Medium, ReadOnlyMode};
 pub use model::{BackendId, EdgeId, Model, NodeId};
 pub use registry::{ImplicitFilters, MakeThrottle, Opener, Registry, ZeroDetection};
 pub use replace::ReplaceEdges;

@@ -14,6 +14,8 @@ use gipfel_node::{Binding, Child, Common, Node, Perms, Role};
 use serde_json::{Map, Value};
 
 use crate::backend::{Backend, Follow};
+use crate::backends::Tray;
+use crate::graph::BackendOptions;
 use crate::registry::ZeroDetection;
 
 /// Names a node of the model.
@@ -111,9 +113,13 @@ pub struct BackendInfo {
     pub throttle: Option<String>,
     /// Whether it was made along with its client and goes with it.
     pub made_along: bool,
+    /// How it was made, for its clients to come.
+    pub options: BackendOptions,
+    /// Its tray, if its medium can be taken out.
+    pub tray: Option<Tray>,
     /// Who uses it.
     pub client: Option<String>,
-    /// What its client needs and allows.
+    /// What its client needs and allows; nothing while it has none.
     pub perms: Perms,
     /// Whether it follows the disk or the node.
     pub follow: Follow,
@@ -306,6 +312,15 @@ impl Model {
                 }
             }
         }
+    }
+
+    /// Whether nothing holds a node: no edge and no user. A node-side filter is held by its node.
+    fn is_orphan(&self, id: NodeId) -> bool {
+        let held = |n: &NodeInfo| match n.implicit {
+            Some(Owner::Node(base)) => self.get_node(base).is_some_and(|b| b.added_by_user),
+            _ => n.added_by_user,
+        };
+        self.get_node(id).is_some_and(|n| n.parents.is_empty() && !held(n))
     }
 
     /// Whether `to` is `from` or can be reached from it.
@@ -548,17 +563,18 @@ impl<'a> Draft<'a> {
             for e in info.children {
                 let below = self.edge(e).target;
                 self.remove_edge(e)?;
-                if let Some(b) = below
-                    && self.get_node(b).is_some_and(|i| i.parents.is_empty() && !i.added_by_user)
-                {
-                    open.push(b);
-                }
+                open.extend(below.filter(|b| self.is_orphan(*b)));
             }
             self.node_mut(n);
             self.model.nodes.remove(&n);
             self.name(&info.name, None);
         }
         Ok(())
+    }
+
+    /// Removes a node that an edge has left, if nobody holds it any more.
+    pub fn remove_orphan(&mut self, id: NodeId) -> Result<()> {
+        if self.is_orphan(id) { self.remove_node(id) } else { Ok(()) }
     }
 
     /// Adds a backend with an empty root edge. The name was checked.
@@ -594,10 +610,9 @@ impl<'a> Draft<'a> {
     /// Removes a backend with its client-side filters.
     pub fn remove_backend(&mut self, id: BackendId) -> Result<()> {
         let info = self.backend(id).clone();
+        let below = self.edge(info.root).target;
         self.remove_edge(info.root)?;
-        if let Some(top) = info.stack.first() {
-            self.remove_node(*top)?;
-        }
+        below.map_or(Ok(()), |n| self.remove_orphan(n))?;
         self.backend_mut(id);
         self.model.backends.remove(&id);
         self.name(&info.name, None);

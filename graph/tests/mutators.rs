@@ -1,45 +1,18 @@
 //! The rules of mutators.md for the mutators there are so far, in the simulated world.
 #![allow(missing_docs)]
 
+#[allow(dead_code, reason = "each test file uses its own part")]
 mod common;
 
 use std::rc::Rc;
 
-use common::{BLOCK, add_overlay, graph, map, picture};
-use gipfel_base::{ErrorKind, Result};
-use gipfel_graph::{Backend, BackendOptions, Follow, Graph, ReplaceEdges, ZeroDetection};
-use gipfel_io::sim::{Rng, World};
+use common::steps::{read_byte, reader, refused, sim, write_byte, writer};
+use common::{BLOCK, add_overlay, map, picture};
+use gipfel_base::ErrorKind;
+use gipfel_graph::{BackendOptions, Follow, Graph, ReplaceEdges, ZeroDetection};
+use gipfel_io::sim::Rng;
 use gipfel_io::{Buf, spawn_local};
 use serde_json::{Value, json};
-
-fn sim<F: Future>(seed: u64, f: impl FnOnce(Rc<Graph>) -> F) -> F::Output {
-    World::new(seed).run(async move { f(graph()).await })
-}
-
-fn writer() -> BackendOptions {
-    BackendOptions { writable: true, ..Default::default() }
-}
-
-fn reader() -> BackendOptions {
-    BackendOptions::default()
-}
-
-async fn read_byte(b: &Backend, at: u64) -> u8 {
-    let buf = Buf::new(BLOCK as usize);
-    b.read(at, buf.clone()).await.unwrap();
-    buf.to_vec()[0]
-}
-
-async fn write_byte(b: &Backend, at: u64, byte: u8) {
-    b.write(at, Buf::from_slice(&[byte; BLOCK as usize]), false).await.unwrap();
-}
-
-async fn refused<T>(g: &Rc<Graph>, before: &[String], r: Result<T>, kind: ErrorKind, says: &str) {
-    let e = r.err().unwrap_or_else(|| panic!("this had to be refused: {says}"));
-    assert_eq!(e.kind(), kind, "{e}");
-    assert!(e.to_string().contains(says), "'{e}' does not say '{says}'");
-    assert_eq!(picture(g).await, before, "a refused change changes nothing");
-}
 
 async fn pass_over(g: &Rc<Graph>, name: &str, file: &str) {
     let o = json!({ "driver": "pass", "node-name": name, "file": file });

@@ -1,6 +1,9 @@
 //! Drivers that live in memory, for tests of the graph: a protocol, an overlay format, a filter.
 //! Every request takes a random time of the simulated clock.
 
+#[allow(dead_code, reason = "each test file uses its own part")]
+pub mod steps;
+
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::rc::Rc;
