@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_graph::{Backend, BackendId, BackendOptions, Graph};
@@ -47,6 +48,7 @@ struct Export {
     node: String,
     name: String,
     backend: BackendId,
+    live: Arc<Backend>,
     shutting_down: Cell<bool>,
 }
 
@@ -135,6 +137,7 @@ impl Exports {
         self.waiting.take();
         *self.server.borrow_mut() = None;
         let exports = std::mem::take(&mut *self.list.borrow_mut());
+        exports.iter().for_each(|e| e.live.faults().give_up());
         server.stop().await;
         for e in exports {
             self.graph.detach(e.backend).await?;
@@ -153,9 +156,12 @@ impl Exports {
             ));
         }
         let client = format!("export '{}'", new.id);
-        let options = BackendOptions { writable: new.writable, ..new.backend };
+        let options = BackendOptions {
+            writable: new.writable,
+            write_through: new.writethrough,
+            ..new.backend
+        };
         let (id, backend) = self.graph.attach(&new.node, &client, options).await?;
-        backend.set_write_through(new.writethrough);
         let name = new.name.unwrap_or_else(|| new.node.clone());
         let shown = ExportOptions {
             name: name.clone(),
@@ -169,7 +175,7 @@ impl Exports {
                 format!("there is an export with id '{}' already", new.id),
             ))
         } else {
-            server.add(shown, backend)
+            server.add(shown, backend.clone())
         };
         if let Err(e) = added {
             self.graph.detach(id).await?;
@@ -180,6 +186,7 @@ impl Exports {
             node: new.node,
             name,
             backend: id,
+            live: backend,
             shutting_down: Cell::new(false),
         }));
         Ok(())
@@ -212,6 +219,7 @@ impl Exports {
             ));
         }
         export.shutting_down.set(true);
+        export.live.faults().give_up();
         let me = self.clone();
         spawn_local(async move {
             // Between the look above and now a client may have come: then it is cut off.

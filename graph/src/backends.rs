@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::backend::{Backend, Follow};
 use crate::faults::IoStatus;
-use crate::graph::{BackendOptions, Graph, client_perms};
+use crate::graph::{BackendOptions, Graph, NewMedium, client_perms};
 use crate::model::{BackendId, BackendInfo, Draft, Model, Named};
 use crate::registry::ZeroDetection;
 
@@ -34,10 +34,26 @@ impl Graph {
         let name = options.name.clone().unwrap_or_default();
         let mut model = self.state.lock().await;
         model.check_backend_name(&name)?;
-        let node = node.map(|n| model.find_disk(n)).transpose()?;
-        let (id, live) = self.new_backend(&mut model, name, options, node, None).await?;
+        let medium = node.map(|n| model.find_disk(n)).transpose()?.map(NewMedium::Node);
+        let (id, live) = self.new_backend(&mut model, name, options, medium, None).await?;
         live.hide(model.backend(id).tray.is_some_and(|t| t.open));
         Ok(id)
+    }
+
+    /// Makes a backend without a client together with its medium, the node that `node`
+    /// (BlockdevOptions) describes: all of it or nothing. The node goes with its last holder.
+    pub async fn drive_add(
+        self: &Rc<Self>,
+        options: BackendOptions,
+        node: Map<String, Value>,
+    ) -> Result<BackendId> {
+        let name = options.name.clone().unwrap_or_default();
+        let mut model = self.state.lock().await;
+        model.check_backend_name(&name)?;
+        let tree = self.open_tree(&mut model, node).await?;
+        let filters = self.side_filters(&mut model, &tree);
+        let medium = Some(NewMedium::Tree(Box::new(tree), filters));
+        Ok(self.new_backend(&mut model, name, options, medium, None).await?.0)
     }
 
     /// Removes a backend that has no client.

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use event_listener::Event;
 use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_node::{Report, Reports};
+use serde_json::json;
 
 /// What is done with a request that failed (BlockdevOnError of the QMP reference).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,24 +68,6 @@ pub enum Operation {
     Write,
 }
 
-/// A request of a client failed, and what is done about it (BLOCK_IO_ERROR).
-#[derive(Clone, Debug)]
-pub struct IoFault {
-    /// The backend.
-    pub backend: String,
-    /// What kind of request.
-    pub operation: Operation,
-    /// What is done: [`OnError::Enospc`] is resolved to one of the others.
-    pub action: OnError,
-    /// Whether space ran out.
-    pub no_space: bool,
-    /// The error, for people.
-    pub reason: String,
-}
-
-/// Takes faults, on any thread.
-pub type FaultSink = Arc<dyn Fn(IoFault) + Send + Sync>;
-
 /// How the last request that failed left a backend (BlockDeviceIoStatus).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoStatus {
@@ -105,16 +89,16 @@ pub(crate) enum Verdict {
 /// The policies of one backend and the requests that they hold.
 pub struct Faults {
     policies: [AtomicU8; 2],
-    sink: Option<FaultSink>,
+    reports: Option<Arc<Reports>>,
     stopped: Mutex<Option<IoStatus>>,
     resumed: Event,
 }
 
 impl Faults {
-    pub(crate) fn new(sink: Option<FaultSink>) -> Faults {
+    pub(crate) fn new(reports: Option<Arc<Reports>>) -> Faults {
         Faults {
             policies: Default::default(),
-            sink,
+            reports,
             stopped: Mutex::new(None),
             resumed: Event::new(),
         }
@@ -138,7 +122,7 @@ impl Faults {
 
     /// Whether failures of that kind are not simply reported.
     pub(crate) fn settles(&self, operation: Operation) -> bool {
-        self.policy(operation) != OnError::Report || self.sink.is_some()
+        self.policy(operation) != OnError::Report || self.reports.is_some()
     }
 
     /// How the last failure left it.
@@ -176,14 +160,21 @@ impl Faults {
             let status = if no_space { IoStatus::NoSpace } else { IoStatus::Failed };
             *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
         }
-        if let Some(sink) = &self.sink {
-            sink(IoFault {
-                backend: backend.to_owned(),
-                operation,
-                action,
-                no_space,
-                reason: e.to_string(),
+        if let Some(reports) = &self.reports {
+            let operation = match operation {
+                Operation::Read => "read",
+                Operation::Write => "write",
+            };
+            let data = json!({
+                "qom-path": "",
+                "device": backend,
+                "operation": operation,
+                "action": action.name(),
+                "nospace": no_space,
+                "reason": e.to_string(),
             });
+            let about = format!("{backend} {operation}");
+            reports.send(Report { event: "BLOCK_IO_ERROR", about, data });
         }
         match action {
             OnError::Ignore => Verdict::Ignore,

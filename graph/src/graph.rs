@@ -6,16 +6,17 @@ use std::sync::Arc;
 
 use async_lock::{Mutex, MutexGuard};
 use gipfel_base::Result;
-use gipfel_node::{Child, Driver, DriverDef, Node, Perm, Perms, Role};
+use gipfel_node::{Child, Driver, DriverDef, Node, Perm, Perms, Reports, Role};
 use serde_json::{Map, Value};
 
 use crate::backend::{Backend, Follow};
 use crate::backends::Tray;
-use crate::faults::{FaultSink, Faults, OnError};
+use crate::faults::{Faults, OnError};
 use crate::medium;
 use crate::model::{
     BackendId, BackendInfo, Draft, EdgeInfo, Model, Named, NodeId, NodeInfo, Owner, Parent,
 };
+use crate::open::Tree;
 use crate::registry::{Registry, ZeroDetection};
 
 /// How a backend is made.
@@ -49,23 +50,31 @@ pub struct BackendOptions {
     pub drive: Option<Map<String, Value>>,
 }
 
+/// What a new backend stands on.
+pub(crate) enum NewMedium {
+    /// A node that is there.
+    Node(NodeId),
+    /// Nodes that were opened for it, with their node-side filters.
+    Tree(Box<Tree>, Vec<(String, Filter)>),
+}
+
 /// The running graph. Lives on the control thread; requests never come here.
 pub struct Graph {
     pub(crate) state: Mutex<Model>,
     pub(crate) registry: Registry,
-    faults: OnceCell<FaultSink>,
+    reports: OnceCell<Arc<Reports>>,
 }
 
 impl Graph {
     /// An empty graph over these drivers.
     pub fn new(registry: Registry) -> Rc<Graph> {
-        Rc::new(Graph { state: Mutex::default(), registry, faults: OnceCell::new() })
+        Rc::new(Graph { state: Mutex::default(), registry, reports: OnceCell::new() })
     }
 
-    /// Lets `sink` know of failed requests of backends that are made by name from now on.
-    pub fn tell_faults(&self, sink: FaultSink) {
+    /// Failed requests of backends that are made by name from now on are told to `reports`.
+    pub fn tell(&self, reports: Arc<Reports>) {
         // Who asks first is told.
-        let _ = self.faults.set(sink);
+        let _ = self.reports.set(reports);
     }
 
     /// The drivers it knows.
@@ -99,25 +108,31 @@ impl Graph {
             }
             None => model.auto_name("backend"),
         };
-        self.new_backend(&mut model, backend_name, options, Some(node), Some(client)).await
+        let medium = Some(NewMedium::Node(node));
+        self.new_backend(&mut model, backend_name, options, medium, Some(client)).await
     }
 
-    /// Makes a backend with its client-side filters, on `node` or without a medium.
+    /// Makes a backend with its client-side filters, with or without a medium.
     pub(crate) async fn new_backend(
         self: &Rc<Self>,
         model: &mut Model,
         name: String,
         options: BackendOptions,
-        node: Option<NodeId>,
+        medium: Option<NewMedium>,
         client: Option<&str>,
     ) -> Result<(BackendId, Arc<Backend>)> {
-        let sink = self.faults.get().filter(|_| options.name.is_some()).cloned();
-        let faults = Faults::new(sink);
+        let reports = self.reports.get().filter(|_| options.name.is_some()).cloned();
+        let faults = Faults::new(reports);
         faults.set_policies(options.on_read_error, options.on_write_error)?;
         let owner = owner_name(&name, client.filter(|_| options.name.is_none()));
         let filters = self.make_stack(model, &options, &owner)?;
         let edit = |draft: &mut Draft<'_>| {
             let id = add_backend(draft, name, &options, faults, filters, client)?;
+            let node = match medium {
+                None => None,
+                Some(NewMedium::Node(n)) => Some(n),
+                Some(NewMedium::Tree(t, mut f)) => Some(self.add_tree(draft, *t, &mut f, false)?),
+            };
             if node.is_some() {
                 medium::put(draft, id, node)?;
                 if let Some(t) = &mut draft.backend_mut(id).tray {

@@ -26,7 +26,7 @@ mod transaction;
 
 pub use backend::{Backend, Follow};
 pub use backends::Tray;
-pub use faults::{FaultSink, Faults, IoFault, IoStatus, OnError, Operation};
+pub use faults::{Faults, IoStatus, OnError, Operation};
 pub use filename::{nest, relative_to};
 pub use graph::{BackendOptions, Graph};
 pub use medium::{Medium, ReadOnlyMode};

@@ -5,7 +5,7 @@
 mod common;
 
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::steps::{read_byte, refused, sim, write_byte, writer};
@@ -14,6 +14,7 @@ use gipfel_base::ErrorKind;
 use gipfel_graph::{BackendOptions, Graph, IoStatus, OnError, ZeroDetection};
 use gipfel_io::time::sleep;
 use gipfel_io::{Buf, spawn_local};
+use gipfel_node::Reports;
 use serde_json::json;
 
 fn drive(name: &str) -> BackendOptions {
@@ -131,9 +132,8 @@ fn a_backend_holds_nothing_without_its_client() {
 #[test]
 fn failed_requests_follow_the_policies() {
     sim(4, async |g| {
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let sink = told.clone();
-        g.tell_faults(Arc::new(move |f| sink.lock().unwrap().push(f)));
+        let told = Arc::new(Reports::default());
+        g.tell(told.clone());
         let bad = json!({ "driver": "mem", "node-name": "bad", "fail-flush": true });
         g.blockdev_add(map(bad)).await.unwrap();
         for (policy, ok) in [(OnError::Report, false), (OnError::Ignore, true)] {
@@ -142,8 +142,12 @@ fn failed_requests_follow_the_policies() {
             g.backend_add(o, Some("bad")).await.unwrap();
             let (_, b) = g.attach(&name, "export", writer()).await.unwrap();
             assert_eq!(b.flush().await.is_ok(), ok, "{policy:?}");
-            let f = told.lock().unwrap().pop().unwrap();
-            assert_eq!((f.backend, f.action, f.no_space), (name, policy, false));
+            let r = told.take().unwrap();
+            assert_eq!((r.event, &r.data["device"]), ("BLOCK_IO_ERROR", &json!(name)));
+            assert_eq!(
+                (&r.data["action"], &r.data["nospace"]),
+                (&json!(policy.name()), &json!(false))
+            );
         }
         let o = BackendOptions { on_write_error: OnError::Stop, ..drive("s") };
         g.backend_add(o, Some("bad")).await.unwrap();
@@ -157,7 +161,7 @@ fn failed_requests_follow_the_policies() {
         b.faults().resume();
         sleep(Duration::from_secs(1)).await;
         assert!(!flush.is_finished(), "it failed once more");
-        assert_eq!(told.lock().unwrap().len(), 2);
+        assert!(told.take().is_some() && told.take().is_some() && told.take().is_none());
         b.faults().give_up();
         assert!(flush.await.is_err());
         g.detach(id).await.unwrap();

@@ -13,6 +13,7 @@ pub mod def;
 pub mod driver;
 pub mod node;
 pub mod perm;
+pub mod report;
 mod runner;
 pub mod status;
 
@@ -26,4 +27,5 @@ pub use driver::{
 };
 pub use node::Node;
 pub use perm::{Binding, Perm, Perms, Role};
+pub use report::{Report, Reports};
 pub use status::Status;

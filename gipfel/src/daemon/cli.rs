@@ -10,7 +10,7 @@ use super::{Config, Setup};
 type Make = fn(String) -> Setup;
 
 /// The options whose order counts: name, value, help, what they become.
-const ORDERED: [(&str, &str, &str, Make); 6] = [
+const ORDERED: [(&str, &str, &str, Make); 7] = [
     (
         "blockdev",
         "OPTIONS",
@@ -25,9 +25,17 @@ const ORDERED: [(&str, &str, &str, Make); 6] = [
         Setup::Chardev,
     ),
     (
+        "drive",
+        "OPTIONS",
+        "Make a backend with its image and filters in one go: file=FILE,id=NAME[,format=FORMAT]\
+         [,cache=none|writeback|writethrough|unsafe][,bps=N][,copy-on-read=on][,snapshot=on]...; \
+         help tells more",
+        Setup::Drive,
+    ),
+    (
         "export",
         "OPTIONS",
-        "Serve a node: [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on]",
+        "Serve a backend or node: [type=]nbd,id=ID,node-name=NODE[,name=NAME][,writable=on]",
         Setup::Export,
     ),
     ("monitor", "OPTIONS", "Speak QMP on a character device: [chardev=]ID", Setup::Monitor),

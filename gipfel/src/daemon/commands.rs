@@ -6,7 +6,7 @@ use std::time::Duration;
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_exports::NewExport;
 use gipfel_exports::nbd::{Removal, ServerOptions};
-use gipfel_graph::{BackendOptions, Follow, ReplaceEdges, SnapshotSync};
+use gipfel_graph::{BackendOptions, ReplaceEdges, SnapshotSync};
 use gipfel_qmp::Registry;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -23,6 +23,7 @@ pub fn register(r: &mut Registry<Rc<Daemon>>) {
     jobs(r);
     super::objects::register(r);
     super::throttle::register(r);
+    super::backends::register(r);
     r.add("quit", |d: Rc<Daemon>, _: Args| async move {
         d.quit("host-qmp-quit");
         Ok(())
@@ -240,10 +241,7 @@ pub async fn export_add(d: &Rc<Daemon>, a: Args) -> Result<()> {
     } else if e.fixed_iothread {
         return Err(Error::invalid("'fixed-iothread' needs 'iothread'"));
     }
-    let follow = match e.follow.as_deref() {
-        Some("node") => Follow::Node,
-        _ => Follow::Disk,
-    };
+    let follow = super::backends::follow(e.follow.as_deref());
     let new = NewExport {
         id: e.id,
         node: e.node_name,

@@ -1,9 +1,11 @@
 //! The storage daemon: the graph, its exports, jobs and objects, and the monitors that command it.
 
 mod address;
+mod backends;
 mod chardev;
 pub mod cli;
 mod commands;
+mod drive;
 mod events;
 mod monitor;
 pub mod objects;
@@ -14,6 +16,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 use event_listener::Event;
@@ -24,6 +27,7 @@ use gipfel_io::process::{Background, PidFile, raise_descriptor_limit};
 use gipfel_io::signals::Signals;
 use gipfel_io::{Runtime, spawn_local};
 use gipfel_jobs::Jobs;
+use gipfel_node::Reports;
 use gipfel_qmp::keyval::Style;
 use gipfel_qmp::{Registry, Schema, Version};
 use serde_json::{Map, Value, json};
@@ -65,6 +69,8 @@ pub enum Setup {
     Object(String),
     /// `--blockdev`
     Blockdev(String),
+    /// `--drive`
+    Drive(String),
     /// `--nbd-server`
     NbdServer(String),
     /// `--export`
@@ -95,6 +101,9 @@ impl Daemon {
         let objects = Objects::default();
         let graph = Graph::new(drivers::registry(&objects));
         let events = Events::new(schema);
+        let reports = Arc::new(Reports::default());
+        graph.tell(reports.clone());
+        pass_on(reports, events.clone());
         let (on_deleted, on_change) = (events.clone(), events.clone());
         let exports = Exports::new(
             graph.clone(),
@@ -135,6 +144,7 @@ impl Daemon {
         match s {
             Setup::Object(_) => self.objects.add(v).at(at),
             Setup::Blockdev(_) => self.graph.blockdev_add(v).await.at(at),
+            Setup::Drive(_) => drive::add(self, v).await.at(at),
             Setup::NbdServer(_) => commands::nbd_server_start(self, v).await.at(at),
             Setup::Export(_) => commands::export_add(self, v).await.at(at),
             Setup::Chardev(_) => self.chardevs.add(Value::Object(v)).at(at),
@@ -209,12 +219,24 @@ impl Daemon {
     }
 }
 
+/// Makes events of what happens on I/O threads, for as long as the process runs.
+fn pass_on(reports: Arc<Reports>, events: Rc<Events>) {
+    spawn_local(async move {
+        loop {
+            let r = reports.next().await;
+            events.emit(r.event, r.data);
+        }
+    })
+    .detach();
+}
+
 impl Setup {
     /// The name of the option, the type of its value, the key of a bare first value, the value.
     fn parts(&self) -> (&'static str, &'static str, Option<&'static str>, &str) {
         match self {
             Setup::Object(t) => ("--object", "ObjectOptions", Some("qom-type"), t),
             Setup::Blockdev(t) => ("--blockdev", "BlockdevOptions", Some("driver"), t),
+            Setup::Drive(t) => ("--drive", "DriveOptions", None, t),
             Setup::NbdServer(t) => ("--nbd-server", "NbdServerOptions", None, t),
             Setup::Export(t) => ("--export", "BlockExportOptions", Some("type"), t),
             Setup::Chardev(t) => ("--chardev", "ChardevOptions", Some("backend"), t),

@@ -30,7 +30,8 @@ fn names() -> impl Iterator<Item = (String, String)> {
     NAMES.into_iter().flat_map(parts).chain([("iops_size".into(), "iops-size".into())])
 }
 
-fn limits(a: &Args) -> Result<Limits> {
+/// The limits that are given under their old names.
+pub fn limits(a: &Args) -> Result<Limits> {
     let mut limits = Limits::default();
     for (old, new) in names() {
         if let Some(v) = a.get(&old).and_then(Value::as_u64) {

@@ -243,6 +243,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("common.qmp", include_str!("../../schema/common.qmp")),
     ("blockdev.qmp", include_str!("../../schema/blockdev.qmp")),
     ("block.qmp", include_str!("../../schema/block.qmp")),
+    ("backend.qmp", include_str!("../../schema/backend.qmp")),
     ("job.qmp", include_str!("../../schema/job.qmp")),
     ("export.qmp", include_str!("../../schema/export.qmp")),
     ("object.qmp", include_str!("../../schema/object.qmp")),
