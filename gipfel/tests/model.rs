@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{Served, soak};
 use gipfel_testkit::nbd::{Address, Client};
-use gipfel_testkit::{DiskModel, Rng, tools};
+use gipfel_testkit::{DiskModel, Rng, Scratch, tools};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 64 * MIB;
@@ -34,10 +34,15 @@ fn range(rng: &mut Rng, client: u64) -> (u64, u64) {
 }
 
 /// One client's work; gives the model of what it knows of the disk.
-fn work(address: &Address, client: u64, seed: u64, time: Duration) -> DiskModel {
+fn work(
+    address: &Address,
+    client: u64,
+    seed: u64,
+    mut model: DiskModel,
+    time: Duration,
+) -> DiskModel {
     let mut c = Client::connect(address, "x").unwrap();
     let mut rng = Rng::new(seed * 4 + client);
-    let mut model = DiskModel::new(SIZE);
     let end = Instant::now() + time;
     while Instant::now() < end {
         let (at, len) = range(&mut rng, client);
@@ -71,22 +76,25 @@ fn work(address: &Address, client: u64, seed: u64, time: Duration) -> DiskModel 
 }
 
 fn run(name: &str, create: &[&str], node_options: &str, time: Duration) {
-    if !tools::have("qemu-img") {
-        return;
+    if tools::have("qemu-img") {
+        check(Served::new(name, "64M", create, node_options), &DiskModel::new(SIZE), time);
     }
+}
+
+/// Runs the clients on a disk that begins as `first`.
+fn check(served: Served, first: &DiskModel, time: Duration) {
     let mut rng = Rng::from_env();
     let seed = rng.next_u64() >> 8;
     println!("seed {}", rng.seed());
-    let served = Served::new(name, "64M", create, node_options);
     let clients: Vec<_> = (0..CLIENTS)
         .map(|n| {
-            let address = served.address();
-            std::thread::spawn(move || work(&address, n, seed, time))
+            let (address, first) = (served.address(), first.clone());
+            std::thread::spawn(move || work(&address, n, seed, first, time))
         })
         .collect();
     let models: Vec<_> = clients.into_iter().map(|c| c.join().unwrap()).collect();
     // The clients' parts of the disk together are the disk.
-    let mut whole = DiskModel::new(SIZE);
+    let mut whole = first.clone();
     let half = SIZE / 2;
     for piece in 0..half / PIECE {
         let owner = &models[(piece % CLIENTS) as usize];
@@ -113,6 +121,23 @@ fn run(name: &str, create: &[&str], node_options: &str, time: Duration) {
 #[test]
 fn four_connections_agree_with_the_model() {
     run("model", &[], "", soak(Duration::from_secs(4), Duration::from_secs(60)));
+}
+
+/// On an image with the file system of real files.
+#[test]
+fn four_connections_over_a_file_system() {
+    if !tools::have("qemu-img") || !tools::have("mkfs.ext4") {
+        return;
+    }
+    let scratch = Scratch::new("model-ext4");
+    let (raw, image) = (scratch.arg("fs.raw"), scratch.arg("disk.qcow2"));
+    let files = "/usr/share/common-licenses";
+    let dir = if std::path::Path::new(files).is_dir() { files } else { "." };
+    tools::run("mkfs.ext4", &["-q", "-d", dir, &raw, "64M"]);
+    tools::qemu_img(&["convert", "-f", "raw", "-O", "qcow2", &raw, &image]);
+    let first = DiskModel::of(&std::fs::read(&raw).unwrap());
+    let served = Served::existing(scratch, "");
+    check(served, &first, soak(Duration::from_secs(3), Duration::from_secs(60)));
 }
 
 #[test]
