@@ -14,7 +14,7 @@ use gipfel_testkit::nbd::{Address, Client};
 use gipfel_testkit::qmp::Qmp;
 use serde_json::{Value, json};
 
-use crate::picture;
+use crate::graph;
 
 const DISK: u64 = 64 * MIB;
 const BLOCK: u64 = 4 * KIB;
@@ -123,7 +123,7 @@ fn call(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Value> {
 }
 
 fn graph(qmp: &mut Qmp) -> Result<String> {
-    Ok(picture::draw(&call(qmp, "x-debug-query-block-graph", json!({}))?))
+    Ok(graph::draw(&graph::Picture::read(&call(qmp, "query-graph", json!({}))?)?))
 }
 
 fn indent(text: &str) -> String {

@@ -4,8 +4,8 @@
 mod daemon;
 mod demo;
 mod drivers;
+mod graph;
 mod img;
-mod picture;
 mod serve;
 
 use std::path::Path;
@@ -25,6 +25,7 @@ fn cli() -> Command {
         .arg_required_else_help(true)
         .subcommand(Command::new("demo").about("Show live snapshots and filters under load"))
         .subcommand(serve::command())
+        .subcommand(graph::command())
         .subcommand(img::command("img"))
         .subcommand(daemon::cli::command("storage-daemon"))
 }
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
 fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
     match name {
         "demo" => demo::run()?,
+        "graph" => graph::run(m)?,
         "img" => return img::run(m),
         "serve" => serve::run(m)?,
         "storage-daemon" => daemon::run(&daemon::cli::config(m)?)?,

@@ -17,6 +17,7 @@ use crate::model::{
     BackendId, BackendInfo, Draft, EdgeInfo, Model, Named, NodeId, NodeInfo, Owner, Parent,
 };
 use crate::open::Tree;
+use crate::picture::Rehearsal;
 use crate::registry::{Registry, ZeroDetection};
 
 /// How a backend is made.
@@ -60,21 +61,38 @@ pub(crate) enum NewMedium {
 
 /// The running graph. Lives on the control thread; requests never come here.
 pub struct Graph {
-    pub(crate) state: Mutex<Model>,
-    pub(crate) registry: Registry,
-    reports: OnceCell<Arc<Reports>>,
+    pub(crate) state: Rc<Mutex<Model>>,
+    pub(crate) registry: Rc<Registry>,
+    reports: Rc<OnceCell<Arc<Reports>>>,
+    /// Changes end here instead of being carried out.
+    pub(crate) rehearsal: Option<Rehearsal>,
 }
 
 impl Graph {
     /// An empty graph over these drivers.
     pub fn new(registry: Registry) -> Rc<Graph> {
-        Rc::new(Graph { state: Mutex::default(), registry, reports: OnceCell::new() })
+        Rc::new(Graph {
+            state: Rc::default(),
+            registry: Rc::new(registry),
+            reports: Rc::default(),
+            rehearsal: None,
+        })
     }
 
     /// Failed requests of backends that are made by name from now on are told to `reports`.
     pub fn tell(&self, reports: Arc<Reports>) {
         // Who asks first is told.
         let _ = self.reports.set(reports);
+    }
+
+    /// The same graph, whose changes end in `rehearsal`.
+    pub(crate) fn with_rehearsal(&self, rehearsal: Rehearsal) -> Graph {
+        Graph {
+            state: self.state.clone(),
+            registry: self.registry.clone(),
+            reports: self.reports.clone(),
+            rehearsal: Some(rehearsal),
+        }
     }
 
     /// The drivers it knows.

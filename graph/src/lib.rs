@@ -16,6 +16,7 @@ mod medium;
 pub mod model;
 mod open;
 mod perms;
+mod picture;
 mod query;
 mod registry;
 mod reopen;

@@ -20,7 +20,7 @@ use gipfel_node::{Child, Node, Perm, Perms};
 
 use crate::graph::Graph;
 use crate::model::{Draft, Model, NodeId};
-use crate::perms;
+use crate::{perms, picture};
 
 /// An edge that gets a new end.
 struct Swap {
@@ -181,6 +181,10 @@ impl Graph {
         let mut draft = Draft::new(model);
         let value = edit(&mut draft)?;
         perms::settle(&mut draft)?;
+        if let Some(end) = &self.rehearsal {
+            *end.borrow_mut() = Some(picture::picture(&draft));
+            return Err(picture::rehearsed());
+        }
         let plan = Plan::of(&draft);
         let losers = plan.losers();
         let mut debts = Vec::with_capacity(losers.len());

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_filters::Limits;
 use gipfel_graph::{
-    BackendId, BackendOptions, Follow, Medium, OnError, ReadOnlyMode, ZeroDetection,
+    BackendId, BackendOptions, Follow, Graph, Medium, OnError, ReadOnlyMode, ZeroDetection,
 };
 use gipfel_qmp::Registry;
 use serde::Deserialize;
@@ -88,23 +88,33 @@ pub fn zeroes(name: Option<&str>) -> ZeroDetection {
     }
 }
 
-/// Makes a backend whose limits, if it is to have any, are those of the group `group`.
-pub async fn add(
-    d: &Daemon,
-    mut options: BackendOptions,
-    node: Option<&str>,
-    limits: Option<(String, Limits)>,
-) -> Result<BackendId> {
-    let Some((group, limits)) = limits else {
-        return d.graph.backend_add(options, node).await;
-    };
-    options.throttle = Some(group.clone());
-    let id = d.graph.backend_add(options, node).await?;
-    d.objects.groups().get(&group)?.set_limits(limits)?;
-    Ok(id)
+/// The commands of [`mutate`].
+pub const MUTATORS: [&str; 4] =
+    ["backend-add", "backend-del", "blockdev-insert-medium", "blockdev-remove-medium"];
+
+/// Carries out a command that changes the graph `g` and nothing else.
+pub async fn mutate(d: &Daemon, g: &Rc<Graph>, command: &str, a: Map<String, Value>) -> Result<()> {
+    let a = Value::Object(a);
+    let wrong = |e: serde_json::Error| Error::invalid(e.to_string());
+    match command {
+        "backend-add" => backend_add(d, g, serde_json::from_value(a).map_err(wrong)?).await,
+        "backend-del" => {
+            let a: Name = serde_json::from_value(a).map_err(wrong)?;
+            g.backend_del(&a.name).await
+        }
+        "blockdev-insert-medium" => {
+            let a: Insert = serde_json::from_value(a).map_err(wrong)?;
+            g.insert_medium(find(d, &a.which).await?.0, &a.node_name).await
+        }
+        "blockdev-remove-medium" => {
+            let w: Which = serde_json::from_value(a).map_err(wrong)?;
+            g.remove_medium(find(d, &w).await?.0).await
+        }
+        _ => Err(Error::unsupported(format!("'{command}' is no change of the graph"))),
+    }
 }
 
-async fn backend_add(d: Rc<Daemon>, a: Add) -> Result<()> {
+async fn backend_add(d: &Daemon, g: &Rc<Graph>, a: Add) -> Result<()> {
     let limits = match (a.limits, &a.throttle_group) {
         (None, _) => None,
         (Some(_), Some(_)) => {
@@ -117,11 +127,12 @@ async fn backend_add(d: Rc<Daemon>, a: Add) -> Result<()> {
             Some((a.name.clone(), limits))
         }
     };
+    let group = limits.as_ref().map(|(group, _)| group.clone());
     let options = BackendOptions {
         name: Some(a.name),
         writable: !a.read_only,
         follow: follow(a.follow.as_deref()),
-        throttle: a.throttle_group,
+        throttle: a.throttle_group.or(group),
         copy_on_read: a.copy_on_read,
         detect_zeroes: zeroes(a.detect_zeroes.as_deref()),
         write_through: a.writethrough,
@@ -130,7 +141,11 @@ async fn backend_add(d: Rc<Daemon>, a: Add) -> Result<()> {
         on_write_error: on_error(a.werror.as_deref())?,
         ..BackendOptions::default()
     };
-    add(&d, options, a.node_name.as_deref(), limits).await.map(drop)
+    g.backend_add(options, a.node_name.as_deref()).await?;
+    match limits {
+        Some((group, limits)) => d.objects.groups().get(&group)?.set_limits(limits),
+        None => Ok(()),
+    }
 }
 
 /// The backend that is meant and how it is called in events.
@@ -174,11 +189,6 @@ async fn change_medium(d: Rc<Daemon>, a: Change) -> Result<()> {
 
 /// Registers the commands for backends.
 pub fn register(r: &mut Registry<Rc<Daemon>>) {
-    r.add("backend-add", backend_add);
-    r.add(
-        "backend-del",
-        |d: Rc<Daemon>, a: Name| async move { d.graph.backend_del(&a.name).await },
-    );
     r.add("backend-resume", |d: Rc<Daemon>, a: Name| async move {
         let id = d.graph.backend_called(&a.name).await?;
         d.graph.model().await.backend(id).live.faults().resume();
@@ -200,12 +210,6 @@ pub fn register(r: &mut Registry<Rc<Daemon>>) {
             tray_moved(&d, &device, &id, false);
         }
         Ok(())
-    });
-    r.add("blockdev-remove-medium", |d: Rc<Daemon>, w: Which| async move {
-        d.graph.remove_medium(find(&d, &w).await?.0).await
-    });
-    r.add("blockdev-insert-medium", |d: Rc<Daemon>, a: Insert| async move {
-        d.graph.insert_medium(find(&d, &a.which).await?.0, &a.node_name).await
     });
     r.add("blockdev-change-medium", change_medium);
     r.add("eject", |d: Rc<Daemon>, w: Which| async move {

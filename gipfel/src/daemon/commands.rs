@@ -6,12 +6,12 @@ use std::time::Duration;
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_exports::NewExport;
 use gipfel_exports::nbd::{Removal, ServerOptions};
-use gipfel_graph::{BackendOptions, ReplaceEdges, SnapshotSync};
+use gipfel_graph::{BackendOptions, Graph, ReplaceEdges, SnapshotSync};
 use gipfel_qmp::Registry;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Daemon, address};
+use super::{Daemon, address, backends};
 
 type Args = Map<String, Value>;
 
@@ -23,17 +23,11 @@ pub fn register(r: &mut Registry<Rc<Daemon>>) {
     jobs(r);
     super::objects::register(r);
     super::throttle::register(r);
-    super::backends::register(r);
+    backends::register(r);
     r.add("quit", |d: Rc<Daemon>, _: Args| async move {
         d.quit("host-qmp-quit");
         Ok(())
     });
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct NodeName {
-    node_name: String,
 }
 
 /// Either of the two ways to name a disk.
@@ -65,41 +59,79 @@ struct Sync {
 }
 
 #[derive(Deserialize)]
-struct Replace {
-    edge: Option<String>,
-    node: Option<String>,
-    with: String,
-    #[serde(default)]
-    all: bool,
-}
-
-#[derive(Deserialize)]
 struct Resize {
     #[serde(flatten)]
     disk: Disk,
     size: u64,
 }
 
+/// Commands that change the graph and nothing else, so that they can be rehearsed.
+const MUTATORS: [&str; 5] =
+    ["blockdev-add", "blockdev-del", "blockdev-reopen", "blockdev-snapshot", "blockdev-replace"];
+
+/// Carries out one of [`MUTATORS`] or of [`backends::MUTATORS`] on `g`.
+async fn mutate(d: Rc<Daemon>, g: Rc<Graph>, command: &str, mut a: Args) -> Result<()> {
+    let text = |k: &str| a.get(k).and_then(Value::as_str).unwrap_or_default();
+    match command {
+        "blockdev-add" => g.blockdev_add(a).await,
+        "blockdev-del" => g.blockdev_del(text("node-name")).await,
+        "blockdev-reopen" => {
+            let list = match a.remove("options") {
+                Some(Value::Array(l)) => l,
+                _ => Vec::new(),
+            };
+            let maps = list.into_iter().filter_map(|v| match v {
+                Value::Object(m) => Some(m),
+                _ => None,
+            });
+            g.blockdev_reopen(maps.collect()).await
+        }
+        "blockdev-snapshot" => g.blockdev_snapshot(text("node"), text("overlay")).await,
+        "blockdev-replace" => {
+            let edges = match (a.get("edge"), a.get("node")) {
+                (Some(_), None) => ReplaceEdges::Named(text("edge").to_owned()),
+                (None, Some(_)) if a.get("all") == Some(&json!(true)) => {
+                    ReplaceEdges::AllOf(text("node").to_owned())
+                }
+                (None, Some(_)) => ReplaceEdges::OnlyOf(text("node").to_owned()),
+                _ => return Err(Error::invalid("give either 'edge' or 'node'")),
+            };
+            g.blockdev_replace(&edges, text("with")).await
+        }
+        _ => backends::mutate(&d, &g, command, a).await,
+    }
+}
+
+async fn rehearse(d: Rc<Daemon>, a: Args) -> Result<Value> {
+    let command = a.get("execute").and_then(Value::as_str).unwrap_or_default();
+    let can = MUTATORS.iter().chain(&backends::MUTATORS).any(|m| *m == command);
+    if !can {
+        return Err(Error::unsupported(format!(
+            "'{command}' cannot be rehearsed: only commands that change the graph and nothing \
+             else can"
+        )));
+    }
+    let mut arguments = a.get("arguments").cloned().unwrap_or_else(|| json!({}));
+    if let Some(c) = d.schema.command(command) {
+        d.schema.check_arguments(c, &mut arguments)?;
+    }
+    let Value::Object(arguments) = arguments else {
+        return Err(Error::invalid("'arguments' must be an object"));
+    };
+    let change = |g| mutate(d.clone(), g, command, arguments);
+    let (before, after) = d.graph.rehearse(change).await?;
+    Ok(json!({ "before": before, "after": after }))
+}
+
 fn graph(r: &mut Registry<Rc<Daemon>>) {
-    r.add("blockdev-add", |d: Rc<Daemon>, a: Args| async move { d.graph.blockdev_add(a).await });
-    r.add("blockdev-del", |d: Rc<Daemon>, a: NodeName| async move {
-        d.graph.blockdev_del(&a.node_name).await
-    });
-    r.add("blockdev-reopen", |d: Rc<Daemon>, mut a: Args| async move {
-        let list = match a.remove("options") {
-            Some(Value::Array(l)) => l,
-            _ => Vec::new(),
-        };
-        let maps = list.into_iter().filter_map(|v| match v {
-            Value::Object(m) => Some(m),
-            _ => None,
+    for name in MUTATORS.into_iter().chain(backends::MUTATORS) {
+        r.add(name, move |d: Rc<Daemon>, a: Args| {
+            let g = d.graph.clone();
+            mutate(d, g, name, a)
         });
-        d.graph.blockdev_reopen(maps.collect()).await
-    });
-    r.add("blockdev-snapshot", |d: Rc<Daemon>, a: Args| async move {
-        let text = |k: &str| a.get(k).and_then(Value::as_str).unwrap_or_default();
-        d.graph.blockdev_snapshot(text("node"), text("overlay")).await
-    });
+    }
+    r.add("graph-rehearse", rehearse);
+    r.add("query-graph", |d: Rc<Daemon>, _: Args| async move { Ok(d.graph.query_picture().await) });
     r.add("blockdev-snapshot-sync", |d: Rc<Daemon>, a: Sync| async move {
         let s = SnapshotSync {
             disk: a.disk.name()?,
@@ -109,15 +141,6 @@ fn graph(r: &mut Registry<Rc<Daemon>>) {
             existing: a.mode.as_deref() == Some("existing"),
         };
         d.graph.blockdev_snapshot_sync(&s).await
-    });
-    r.add("blockdev-replace", |d: Rc<Daemon>, a: Replace| async move {
-        let edges = match (a.edge, a.node) {
-            (Some(e), None) => ReplaceEdges::Named(e),
-            (None, Some(n)) if a.all => ReplaceEdges::AllOf(n),
-            (None, Some(n)) => ReplaceEdges::OnlyOf(n),
-            _ => return Err(Error::invalid("give either 'edge' or 'node'")),
-        };
-        d.graph.blockdev_replace(&edges, &a.with).await
     });
     r.add("block_resize", |d: Rc<Daemon>, a: Resize| async move {
         d.graph.block_resize(&a.disk.name()?, a.size).await
@@ -241,7 +264,7 @@ pub async fn export_add(d: &Rc<Daemon>, a: Args) -> Result<()> {
     } else if e.fixed_iothread {
         return Err(Error::invalid("'fixed-iothread' needs 'iothread'"));
     }
-    let follow = super::backends::follow(e.follow.as_deref());
+    let follow = backends::follow(e.follow.as_deref());
     let new = NewExport {
         id: e.id,
         node: e.node_name,
