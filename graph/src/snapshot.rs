@@ -67,7 +67,7 @@ fn check(model: &Model, disk: NodeId, overlay: NodeId) -> Result<EdgeId> {
 
 /// The edit: position-bound edges of `disk` move to `overlay`, which gets `disk` (with its
 /// node-side filters) as its backing node.
-fn overlay_edit(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId) -> Result<()> {
+pub(crate) fn overlay_edit(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId) -> Result<()> {
     let backing = check(draft, disk, overlay)?;
     let outer = draft.outer_parents(disk);
     for e in &outer {
@@ -120,11 +120,14 @@ impl Graph {
         self.transact(&mut model, |d| overlay_edit(d, n, o)).await.map(drop)
     }
 
-    /// Makes (or takes) an image file, opens it and puts it over a disk. A file that it made is
-    /// removed if a later step fails.
-    pub async fn blockdev_snapshot_sync(self: &Rc<Self>, s: &SnapshotSync) -> Result<()> {
-        let mut model = self.state.lock().await;
-        let disk = model.find_disk(&s.disk)?;
+    /// The options of the overlay that `s` describes and the path of its file, which is made unless
+    /// it is to exist.
+    pub(crate) async fn overlay_options(
+        self: &Rc<Self>,
+        model: &mut Model,
+        disk: NodeId,
+        s: &SnapshotSync,
+    ) -> Result<(Map<String, Value>, String)> {
         if let Some(n) = &s.node_name {
             model.check_node_name(n)?;
         }
@@ -134,7 +137,7 @@ impl Graph {
             _ => return Err(Error::invalid(format!("'{}' is no plain file name", s.file))),
         };
         if !s.existing {
-            self.create_overlay(&mut model, disk, s, &path).await?;
+            self.create_overlay(model, disk, s, &path).await?;
         }
         let mut options = Map::new();
         options.insert("driver".into(), json!(s.format));
@@ -144,26 +147,7 @@ impl Graph {
         let protocol = json!({ "driver": self.registry.file_protocol, "filename": path });
         options.insert("file".into(), protocol);
         options.insert("backing".into(), Value::Null);
-        let done = self.put_over(&mut model, disk, options).await;
-        if done.is_err() && !s.existing {
-            remove_file(&path).await;
-        }
-        done
-    }
-
-    async fn put_over(
-        self: &Rc<Self>,
-        model: &mut Model,
-        disk: NodeId,
-        options: Map<String, Value>,
-    ) -> Result<()> {
-        let tree = self.open_tree(model, options).await?;
-        self.transact(model, |draft| {
-            let o = self.add_tree(draft, tree, &mut Vec::new(), false)?;
-            overlay_edit(draft, disk, o)
-        })
-        .await
-        .map(drop)
+        Ok((options, path))
     }
 
     async fn create_overlay(

@@ -103,8 +103,9 @@ fn item(text: &str, style: Style, first: bool) -> Result<(String, String, &str)>
     let rest = text.get(end + 1..).unwrap_or("");
     match style.implied {
         Some(key) if first && !word.is_empty() => {
-            // The bare value ends at the first comma that is not doubled.
-            let (value, rest) = unescape(text);
+            // Old option groups let it hold a doubled comma; in others it ends at any comma.
+            let (value, rest) =
+                if style.switches { unescape(text) } else { (word.to_owned(), rest) };
             return Ok((key.to_owned(), value, rest));
         }
         _ => {}

@@ -6,7 +6,7 @@ use std::time::Duration;
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_exports::NewExport;
 use gipfel_exports::nbd::{Removal, ServerOptions};
-use gipfel_graph::{BackendOptions, Graph, ReplaceEdges, SnapshotSync};
+use gipfel_graph::{Action, BackendOptions, Graph, ReplaceEdges, SnapshotSync};
 use gipfel_qmp::Registry;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -56,6 +56,36 @@ struct Sync {
     snapshot_node_name: Option<String>,
     format: Option<String>,
     mode: Option<String>,
+}
+
+impl Sync {
+    fn snapshot(self) -> Result<SnapshotSync> {
+        Ok(SnapshotSync {
+            disk: self.disk.name()?,
+            file: self.snapshot_file,
+            node_name: self.snapshot_node_name,
+            format: self.format.unwrap_or_else(|| "qcow2".into()),
+            existing: self.mode.as_deref() == Some("existing"),
+        })
+    }
+}
+
+/// One TransactionAction.
+fn action(v: Value) -> Result<Action> {
+    let data = v.get("data").cloned().unwrap_or_default();
+    let text = |k: &str| data[k].as_str().unwrap_or_default().to_owned();
+    match v["type"].as_str().unwrap_or_default() {
+        "abort" => Ok(Action::Abort),
+        "blockdev-snapshot" => {
+            Ok(Action::Snapshot { disk: text("node"), overlay: text("overlay") })
+        }
+        "blockdev-snapshot-sync" => {
+            let s: Sync =
+                serde_json::from_value(data).map_err(|e| Error::invalid(e.to_string()))?;
+            Ok(Action::SnapshotSync(s.snapshot()?))
+        }
+        other => Err(Error::unsupported(format!("a transaction has no action '{other}'"))),
+    }
 }
 
 #[derive(Deserialize)]
@@ -133,14 +163,15 @@ fn graph(r: &mut Registry<Rc<Daemon>>) {
     r.add("graph-rehearse", rehearse);
     r.add("query-graph", |d: Rc<Daemon>, _: Args| async move { Ok(d.graph.query_picture().await) });
     r.add("blockdev-snapshot-sync", |d: Rc<Daemon>, a: Sync| async move {
-        let s = SnapshotSync {
-            disk: a.disk.name()?,
-            file: a.snapshot_file,
-            node_name: a.snapshot_node_name,
-            format: a.format.unwrap_or_else(|| "qcow2".into()),
-            existing: a.mode.as_deref() == Some("existing"),
+        d.graph.blockdev_snapshot_sync(&a.snapshot()?).await
+    });
+    r.add("transaction", |d: Rc<Daemon>, a: Args| async move {
+        let list = match a.get("actions") {
+            Some(Value::Array(l)) => l.clone(),
+            _ => Vec::new(),
         };
-        d.graph.blockdev_snapshot_sync(&s).await
+        let actions: Result<Vec<Action>> = list.into_iter().map(action).collect();
+        d.graph.transaction(actions?).await
     });
     r.add("block_resize", |d: Rc<Daemon>, a: Resize| async move {
         d.graph.block_resize(&a.disk.name()?, a.size).await
