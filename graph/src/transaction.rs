@@ -266,6 +266,8 @@ async fn swap(swaps: Vec<Swap>) {
     for (d, s) in drained.iter_mut().zip(&swaps) {
         d.replace(s.to.clone());
     }
+    // From the bottom up: who gets in again finds all below open.
+    while drained.pop().is_some() {}
 }
 
 /// The outcomes of all futures, which run side by side.

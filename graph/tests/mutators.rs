@@ -7,6 +7,7 @@ mod common;
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use common::steps::{read_byte, reader, refused, sim, write_byte, writer};
 use common::{BLOCK, add_overlay, map, picture};
@@ -442,6 +443,45 @@ fn parents_are_named_by_names_that_users_have() {
         let p = picture(&g).await;
         let r = g.blockdev_del("n").await;
         refused(&g, &p, r, ErrorKind::InUse, "node 'n' is in use by export 'e'").await;
+    });
+}
+
+/// A request that comes while an edge is drained for the first time finds the size as it was.
+#[test]
+fn sizes_are_known_while_edges_are_drained() {
+    for seed in 0..200 {
+        sim(seed, async |g| {
+            add_overlay(&g, "n").await.unwrap();
+            let with = BackendOptions { detect_zeroes: ZeroDetection::On, ..writer() };
+            let (_, busy) = g.attach("n", "export 'a'", writer()).await.unwrap();
+            let (_, fresh) = g.attach("n", "export 'b'", with).await.unwrap();
+            add_overlay(&g, "o").await.unwrap();
+            // Something to wait for, so that the edges stay drained for a while.
+            let first = spawn_local(async move { write_byte(&busy, 0, 1).await });
+            let change = spawn_local(async move { g.blockdev_snapshot("n", "o").await });
+            let late = spawn_local(async move {
+                gipfel_io::time::sleep(Duration::from_nanos(seed * 100)).await;
+                write_byte(&fresh, BLOCK, 2).await;
+            });
+            first.await;
+            late.await;
+            change.await.unwrap();
+        });
+    }
+}
+
+/// The refusal names the client also where it stands on filters of its own.
+#[test]
+fn a_follower_with_filters_that_writes_refuses_a_snapshot() {
+    sim(19, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        add_overlay(&g, "o").await.unwrap();
+        let follow =
+            BackendOptions { follow: Follow::Node, detect_zeroes: ZeroDetection::On, ..writer() };
+        g.attach("n", "export 'w'", follow).await.unwrap();
+        let p = picture(&g).await;
+        let r = g.blockdev_snapshot("n", "o").await;
+        refused(&g, &p, r, ErrorKind::InUse, "export 'w' writes to node 'n' and follows").await;
     });
 }
 

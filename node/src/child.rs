@@ -1,7 +1,7 @@
 //! An edge: the named link from a parent to a node, and the one place where requests cross it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::{Buf, Drained, Entered, Gate};
@@ -19,6 +19,8 @@ pub struct Child {
     target: Gate<Option<Arc<Node>>>,
     granted: AtomicU8,
     drains: AtomicU32,
+    /// Size of the node below when the last drain began, in bytes.
+    size_before: AtomicU64,
 }
 
 /// Lets the requests in and below a node go on without being held back, while it lives.
@@ -42,8 +44,13 @@ impl Child {
     /// An edge called `label` (such as `disk.file`) to `node`.
     pub fn new(label: impl Into<String>, node: Option<Arc<Node>>) -> Arc<Child> {
         let granted = AtomicU8::new(Perm::NONE.mask());
-        let (target, drains) = (Gate::new(node), AtomicU32::new(0));
-        Arc::new(Child { label: label.into(), target, granted, drains })
+        Arc::new(Child {
+            label: label.into(),
+            target: Gate::new(node),
+            granted,
+            drains: AtomicU32::new(0),
+            size_before: AtomicU64::new(0),
+        })
     }
 
     /// The edge's name.
@@ -73,8 +80,10 @@ impl Child {
     /// the drained edge: it alone can re-point it, and dropping it lets requests go on.
     pub async fn drain(&self) -> Drained<'_, Option<Arc<Node>>> {
         self.drains.fetch_add(1, Ordering::Relaxed);
+        let node = self.node().await;
+        self.size_before.store(node.as_ref().map_or(0, |n| n.size()), Ordering::SeqCst);
         // Nobody waits for requests that wait for the clock only.
-        let _held_back = self.node().await.map(Expedited::new);
+        let _held_back = node.map(Expedited::new);
         self.target.close().await
     }
 
@@ -104,6 +113,15 @@ impl Child {
     pub async fn size(&self) -> Result<u64> {
         let e = self.enter().await;
         Ok(self.need(&e)?.size())
+    }
+
+    /// Visible size of the node below in bytes, 0 without one, answered without waiting: while the
+    /// edge is drained, what it was before.
+    pub fn size_now(&self) -> u64 {
+        match self.target.try_enter() {
+            Some(e) => e.as_ref().map_or(0, |n| n.size()),
+            None => self.size_before.load(Ordering::SeqCst),
+        }
     }
 
     /// Reads all of `buf` from `offset` (bytes).
