@@ -88,7 +88,7 @@ impl Snapshot {
             let base = if Sketch::is_anonymous(b) { "" } else { b };
             refuse(true, &[o, "has a backing node already", base]);
         }
-        if let Some(u) = users.first() {
+        for u in &users {
             let user = u.rsplit_once('.').unwrap().0;
             refuse(!Sketch::is_anonymous(user), &[o, "is in use by", user]);
         }

@@ -122,8 +122,9 @@ impl Sketch {
         }
         let anonymous: Vec<_> =
             s.nodes.values().flat_map(|n| n.children.iter()).filter_map(|c| c.1.clone()).collect();
-        for a in anonymous.into_iter().filter(|a| a.contains('.')) {
-            s.nodes.entry(a).or_insert_with(NodeSketch::file);
+        for a in anonymous.into_iter().filter(|a| Self::is_anonymous(a)) {
+            let read_only = s.nodes[a.trim_end_matches(".file")].read_only;
+            s.nodes.insert(a, NodeSketch { read_only, ..NodeSketch::file() });
         }
         s
     }
@@ -261,7 +262,10 @@ impl Sketch {
     fn write_node(&self, name: &str) -> String {
         let n = &self.nodes[name];
         let side = if n.zeroes { "[dz] " } else { "" };
-        let ro = if n.read_only { ":ro" } else { "" };
+        // A file without a name is opened as its parent is.
+        let parent = self.nodes.get(name.trim_end_matches(".file"));
+        let told = Self::is_anonymous(name) && parent.is_some_and(|p| p.read_only);
+        let ro = if n.read_only && !told { ":ro" } else { "" };
         let name = if name.ends_with(".file") { "file" } else { name };
         format!("{side}{name}{ro}")
     }

@@ -219,7 +219,10 @@ impl Stage {
         });
         let mut rng = Rng::new(self.seed.wrapping_mul(1009) + number);
         let mut tasks = Vec::new();
-        if !client.live.is_writable() {
+        if client.live.size() == 0 {
+            // Without a medium there is nothing to do.
+            client.stop.set(true);
+        } else if !client.live.is_writable() {
             tasks.push(spawn_local(client.clone().reader(rng)));
         } else if number < BLOCKS / OWN {
             // The last block is for `find_zeroes`.
