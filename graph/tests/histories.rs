@@ -172,7 +172,11 @@ fn random_change(s: &Sketch, rng: &mut Rng) -> Option<Box<dyn Mutator>> {
             let door = door.filter(|_| !rng.one_in(10)).or_else(|| random_node(s, rng))?;
             boxed(Throttle { door, group })
         }
-        13 => boxed(AddDoor(fresh(s, "b"), random_door(s, rng))),
+        13 => {
+            // To a backend that is made first its client comes by itself.
+            let d = random_door(s, rng);
+            boxed(AddDoor(fresh(s, "b"), Door { client: d.along, ..d }))
+        }
         14 => {
             let door = door?;
             match &s.doors[&door] {

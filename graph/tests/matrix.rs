@@ -260,8 +260,8 @@ const ROWS: &[Row] = &[
         beside: nothing,
         steps: |_| {
             let filters = vec!["thr".into(), "cor".into(), "dz".into()];
-            let d = Door { filters, to: Some("n".into()), ..NO_DOOR };
-            one(AddDoor("b2".into(), d))
+            let d = Door { filters, to: Some("n".into()), client: false, ..NO_DOOR };
+            vec![Box::new(AddDoor("b2".into(), d)), Box::new(Attach("b2".into()))]
         },
     },
     Row {

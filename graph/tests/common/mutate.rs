@@ -93,7 +93,8 @@ impl Snapshot {
             refuse(!Sketch::is_anonymous(user), &[o, "is in use by", user]);
         }
         refuse(n != o && reaches(s, o, n), &[o, "stands on node", n, "already"]);
-        let writes = |d: &&Door| d.follows_node && d.writes && d.to.as_deref() == Some(n);
+        let writes =
+            |d: &&Door| d.follows_node && d.writes && d.client && d.to.as_deref() == Some(n);
         let follower = s.doors.values().any(|d| writes(&d));
         refuse(follower, &["writes to node", n, "follows the node"]);
         why
@@ -367,7 +368,7 @@ impl Mutator for Del {
     }
 }
 
-/// A new backend: made along with its client, or made first (and then its client comes).
+/// A new backend: made along with its client, or made first and without one.
 #[derive(Clone, Debug)]
 pub struct AddDoor(pub String, pub Door);
 

@@ -543,7 +543,7 @@ pub fn view(m: &impl Deref<Target = Model>) -> View {
         let door = Door {
             filters,
             to: at.map(under),
-            writes: b.live.is_writable(),
+            writes: b.options.writable,
             follows_node: b.follow == Follow::Node,
             along: b.made_along,
             client: b.client.is_some(),

@@ -57,6 +57,7 @@ impl Flat<'_> {
         }
         let (parent, child) = split(edge);
         let p = match self.sketch.doors.get(parent) {
+            Some(d) if !d.client => Perms::IDLE,
             Some(d) => {
                 let used = if d.writes { READ | Perm::WRITE } else { READ };
                 Perms { used, shared: Perm::ALL }
