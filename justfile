@@ -28,6 +28,6 @@ doc:
 sim seed:
     GIPFEL_SEED={{seed}} cargo nextest run --workspace
 
-# The long forms of the tests; half an hour
+# The long forms of the tests; three quarters of an hour
 soak *args:
     tools/soak {{args}}

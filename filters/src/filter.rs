@@ -1,7 +1,6 @@
 //! What all filters have in common: a filter says what it changes, everything else is its child's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
@@ -18,13 +17,11 @@ pub(crate) const FILE: &[ChildSpec] =
 /// What a filter stands on.
 pub(crate) struct Below {
     children: [Arc<Child>; 1],
-    /// Size when it was last seen, for the moments in which the child is being changed.
-    seen: AtomicU64,
 }
 
 impl Below {
-    fn new(child: Arc<Child>, size: u64) -> Below {
-        Below { children: [child], seen: AtomicU64::new(size) }
+    fn new(child: Arc<Child>) -> Below {
+        Below { children: [child] }
     }
 
     /// The edge to the filtered child.
@@ -45,12 +42,7 @@ impl Below {
 
     /// Visible size in bytes; 0 without a child.
     pub(crate) fn size(&self) -> u64 {
-        let Some(entered) = self.child().try_enter() else {
-            return self.seen.load(Ordering::Relaxed);
-        };
-        let size = entered.as_ref().map_or(0, |n| n.size());
-        self.seen.store(size, Ordering::Relaxed);
-        size
+        self.child().size_now()
     }
 }
 
@@ -115,15 +107,15 @@ pub(crate) struct Filtered<F> {
 impl<F: Filter> Filtered<F> {
     /// An implicit filter over `child`, which may be empty.
     pub(crate) fn implicit(child: Arc<Child>, filter: F) -> Box<dyn Driver> {
-        Box::new(Filtered { below: Below::new(child, 0), filter })
+        Box::new(Filtered { below: Below::new(child), filter })
     }
 
     /// A filter over the one child that it was opened with.
     pub(crate) async fn open(children: Vec<Arc<Child>>, filter: F) -> Result<Box<dyn Driver>> {
         let [child] = <[Arc<Child>; 1]>::try_from(children)
             .map_err(|_| Error::invalid("a filter has one child, 'file'"))?;
-        let size = child.size().await?;
-        Ok(Box::new(Filtered { below: Below::new(child, size), filter }))
+        child.size().await?;
+        Ok(Box::new(Filtered { below: Below::new(child), filter }))
     }
 }
 

@@ -37,8 +37,6 @@ pub struct Backend {
     write_through: AtomicBool,
     /// The client sees no medium, though there may be one: its tray is open.
     hidden: AtomicBool,
-    /// Size of the medium when it was last seen, in bytes.
-    size: AtomicU64,
     accounting: Accounting,
     faults: Faults,
 }
@@ -51,7 +49,6 @@ impl Backend {
             writable: AtomicBool::new(false),
             write_through: AtomicBool::new(false),
             hidden: AtomicBool::new(false),
-            size: AtomicU64::new(0),
             accounting: Accounting::default(),
             faults,
         })
@@ -104,15 +101,7 @@ impl Backend {
     /// Size of the medium in bytes, 0 where the client sees none; while the medium is being
     /// changed, what it was before.
     pub fn size(&self) -> u64 {
-        if self.hidden.load(Ordering::Relaxed) {
-            return 0;
-        }
-        let Some(e) = self.root.try_enter() else {
-            return self.size.load(Ordering::Relaxed);
-        };
-        let now = e.as_ref().map_or(0, |n| n.size());
-        self.size.store(now, Ordering::Relaxed);
-        now
+        if self.hidden.load(Ordering::Relaxed) { 0 } else { self.root.size_now() }
     }
 
     /// What requests the medium prefers.

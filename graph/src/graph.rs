@@ -169,16 +169,15 @@ impl Graph {
     /// Lets go of a client's backend: one made along goes, a pre-made one stays.
     pub async fn detach(self: &Rc<Self>, id: BackendId) -> Result<()> {
         let mut model = self.state.lock().await;
-        if model.get_backend(id).is_none() {
-            return Ok(());
+        let Some(b) = model.get_backend(id) else { return Ok(()) };
+        if b.made_along {
+            return self.transact(&mut model, |draft| draft.remove_backend(id)).await.map(drop);
         }
+        // The client's last requests end before another one comes.
+        drop(b.live.root().drain().await);
         self.transact(&mut model, |draft| {
-            if draft.backend(id).made_along {
-                draft.remove_backend(id)
-            } else {
-                Self::leave_backend(draft, id);
-                Ok(())
-            }
+            Self::leave_backend(draft, id);
+            Ok(())
         })
         .await
         .map(drop)

@@ -122,7 +122,7 @@ impl Graph {
                     let text = format!("there is a node '{}' already", overlay.name());
                     return Err(Error::new(ErrorKind::Exists, text));
                 }
-                let o = self.add_tree(draft, overlay, &mut Vec::new(), false)?;
+                let o = self.add_tree(draft, overlay, &mut Vec::new(), true)?;
                 overlay_edit(draft, disk, o)
             }
             Ready::Abort => Err(Error::new(

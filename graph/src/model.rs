@@ -300,16 +300,20 @@ impl Model {
         found
     }
 
-    /// Who a parent is, for messages.
+    /// Who a parent is, for messages; for an implicit filter, whose that is.
     pub fn parent_name(&self, e: &EdgeInfo) -> String {
-        match e.parent {
-            Parent::Node(n) => format!("node '{}' (its child '{}')", self.node(n).name, e.name),
-            Parent::Backend(b) => {
+        let owner = match e.parent {
+            Parent::Backend(b) => Owner::Backend(b),
+            Parent::Node(n) => match self.node(n).implicit {
+                Some(owner) => owner,
+                None => return format!("node '{}' (its child '{}')", self.node(n).name, e.name),
+            },
+        };
+        match owner {
+            Owner::Node(n) => format!("node '{}'", self.node(n).name),
+            Owner::Backend(b) => {
                 let b = self.backend(b);
-                match &b.client {
-                    Some(c) => c.clone(),
-                    None => format!("backend '{}'", b.name),
-                }
+                b.client.clone().unwrap_or_else(|| format!("backend '{}'", b.name))
             }
         }
     }
@@ -575,6 +579,16 @@ impl<'a> Draft<'a> {
     /// Removes a node that an edge has left, if nobody holds it any more.
     pub fn remove_orphan(&mut self, id: NodeId) -> Result<()> {
         if self.is_orphan(id) { self.remove_node(id) } else { Ok(()) }
+    }
+
+    /// Removes what nobody holds any more since its last edge went.
+    pub(crate) fn sweep(&mut self) -> Result<()> {
+        let touched = self.before.nodes.iter();
+        let left = touched.filter(|(_, b)| b.as_ref().is_some_and(|b| !b.parents.is_empty()));
+        left.map(|(n, _)| *n)
+            .collect::<Vec<_>>()
+            .into_iter()
+            .try_for_each(|n| self.remove_orphan(n))
     }
 
     /// Adds a backend with an empty root edge. The name was checked.

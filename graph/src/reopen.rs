@@ -38,6 +38,10 @@ impl Graph {
         }
         let mut commits = Vec::new();
         self.transact(&mut model, |draft| {
+            // All let go first: what stands between the old and the new state makes no cycle.
+            for (edge, _) in changes.iter().flat_map(|c| &c.children) {
+                draft.repoint(*edge, None)?;
+            }
             for c in changes {
                 commits.extend(c.driver);
                 for (edge, target) in c.children {

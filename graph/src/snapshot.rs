@@ -7,9 +7,10 @@ use gipfel_base::{Error, ErrorKind, Result, ResultExt};
 use gipfel_node::{Binding, Role};
 use serde_json::{Map, Value, json};
 
+use crate::backend::Follow;
 use crate::filename;
 use crate::graph::Graph;
-use crate::model::{Draft, EdgeId, Model, NodeId, Parent};
+use crate::model::{BackendId, Draft, EdgeId, Model, NodeId, Owner, Parent};
 
 /// What blockdev-snapshot-sync is told.
 #[derive(Clone, Debug)]
@@ -71,16 +72,13 @@ pub(crate) fn overlay_edit(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId)
     let backing = check(draft, disk, overlay)?;
     let outer = draft.outer_parents(disk);
     for e in &outer {
-        let info = draft.edge(*e);
-        if let Parent::Backend(b) = info.parent
-            && info.binding == Binding::Content
-            && draft.backend(b).live.is_writable()
-        {
+        let client = backend_of(draft, *e).map(|b| draft.backend(b));
+        if client.is_some_and(|b| b.follow == Follow::Node && b.live.is_writable()) {
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!(
                     "{} writes to node '{}' and follows the node, not the disk",
-                    draft.parent_name(info),
+                    draft.parent_name(draft.edge(*e)),
                     draft.node(disk).name
                 ),
             ));
@@ -99,16 +97,24 @@ pub(crate) fn overlay_edit(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId)
     draft.repoint(backing, Some(below))
 }
 
+/// The backend that an edge belongs to: as its own, or as that of one of its client-side filters.
+fn backend_of(model: &Model, e: EdgeId) -> Option<BackendId> {
+    match model.edge(e).parent {
+        Parent::Backend(b) => Some(b),
+        Parent::Node(p) => match model.node(p).implicit {
+            Some(Owner::Backend(b)) => Some(b),
+            _ => None,
+        },
+    }
+}
+
 /// Whether an edge moves along when its node is overlaid or replaced. The edge of a client-side
 /// filter moves as its backend does.
 pub(crate) fn is_position(model: &Model, e: EdgeId) -> bool {
-    let info = model.edge(e);
-    if let Parent::Node(p) = info.parent
-        && let Some(crate::model::Owner::Backend(b)) = model.node(p).implicit
-    {
-        return model.edge(model.backend(b).root).binding == Binding::Position;
+    match backend_of(model, e) {
+        Some(b) => model.backend(b).follow == Follow::Disk,
+        None => model.edge(e).binding == Binding::Position,
     }
-    info.binding == Binding::Position
 }
 
 impl Graph {

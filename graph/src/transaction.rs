@@ -19,7 +19,7 @@ use gipfel_node::node::Owed;
 use gipfel_node::{Child, Node, Perm, Perms};
 
 use crate::graph::Graph;
-use crate::model::{Draft, Model, NodeId};
+use crate::model::{Draft, Model, NodeId, Parent};
 use crate::{perms, picture};
 
 /// An edge that gets a new end.
@@ -112,7 +112,15 @@ impl Plan {
         let mut swaps = Vec::new();
         let mut grants = Vec::new();
         for (id, before) in &draft.before.edges {
-            let Some(now) = draft.get_edge(*id) else { continue };
+            let Some(now) = draft.get_edge(*id) else {
+                // A client that goes: its last requests end before anything is taken from it.
+                if let Some(b) = before.as_ref().filter(|b| matches!(b.parent, Parent::Backend(_)))
+                {
+                    let edge = b.live.clone();
+                    swaps.push(Swap { edge, from: None, to: None, onto_lower: false, rank: 0 });
+                }
+                continue;
+            };
             let old = before.as_ref().map_or(Perm::NONE, |b| b.perms.used);
             if old != now.perms.used {
                 grants.push(Grant { edge: now.live.clone(), old, new: now.perms.used });
@@ -180,6 +188,7 @@ impl Graph {
     ) -> Result<(T, &'m Model)> {
         let mut draft = Draft::new(model);
         let value = edit(&mut draft)?;
+        draft.sweep()?;
         perms::settle(&mut draft)?;
         if let Some(end) = &self.rehearsal {
             *end.borrow_mut() = Some(picture::picture(&draft));
@@ -257,6 +266,8 @@ async fn swap(swaps: Vec<Swap>) {
     for (d, s) in drained.iter_mut().zip(&swaps) {
         d.replace(s.to.clone());
     }
+    // From the bottom up: who gets in again finds all below open.
+    while drained.pop().is_some() {}
 }
 
 /// The outcomes of all futures, which run side by side.

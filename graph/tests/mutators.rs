@@ -4,7 +4,10 @@
 #[allow(dead_code, reason = "each test file uses its own part")]
 mod common;
 
+use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use common::steps::{read_byte, reader, refused, sim, write_byte, writer};
 use common::{BLOCK, add_overlay, map, picture};
@@ -154,7 +157,7 @@ fn a_large_flush_comes_after_the_snapshot() {
             add_overlay(&g, "o").await.unwrap();
             write_byte(&b, 0, 9).await;
             g.blockdev_snapshot("n", "o").await.unwrap();
-            write_byte(&b, 1, 8).await;
+            write_byte(&b, BLOCK, 8).await;
             let r = b.flush().await;
             match fails {
                 false => r.unwrap(),
@@ -164,7 +167,7 @@ fn a_large_flush_comes_after_the_snapshot() {
                     b.flush().await.expect_err("what was lost stays lost");
                 }
             }
-            assert_eq!((read_byte(&b, 0).await, read_byte(&b, 1).await), (9, 8));
+            assert_eq!((read_byte(&b, 0).await, read_byte(&b, BLOCK).await), (9, 8));
         });
     }
 }
@@ -349,6 +352,136 @@ fn backends_have_one_client_and_pre_made_ones_stay() {
         let (_, cd) = g.attach("cd", "export 'cd'", reader()).await.unwrap();
         let e = cd.read(0, Buf::new(512)).await.unwrap_err();
         assert_eq!(e.kind(), ErrorKind::NoMedium, "a clear answer, not a hang: {e}");
+    });
+}
+
+/// Rule 7: only the graph at the end counts, never one in between.
+#[test]
+fn reopen_turns_a_chain_around() {
+    sim(13, async |g| {
+        add_overlay(&g, "y").await.unwrap();
+        let with = |name: &str, backing: Value| {
+            let file = json!({ "driver": "mem" });
+            map(json!({ "driver": "overlay", "node-name": name, "file": file, "backing": backing }))
+        };
+        g.blockdev_add(with("x", json!("y"))).await.unwrap();
+        g.blockdev_reopen(vec![with("y", json!("x")), with("x", Value::Null)]).await.unwrap();
+        let p = picture(&g).await;
+        assert!(p.contains(&"y.backing -> x".into()) && !p.contains(&"x.backing -> y".into()));
+    });
+}
+
+#[test]
+fn what_the_user_did_not_add_goes_with_its_last_parent() {
+    sim(14, async |g| {
+        g.blockdev_add(map(json!({ "driver": "mem", "node-name": "m" }))).await.unwrap();
+        let p = picture(&g).await;
+        add_overlay(&g, "x").await.unwrap();
+        let o = json!({ "driver": "overlay", "node-name": "x", "file": "m", "backing": null });
+        g.blockdev_reopen(vec![map(o)]).await.unwrap();
+        g.blockdev_del("x").await.unwrap();
+        assert_eq!(picture(&g).await, p, "the file that x was opened with is gone");
+    });
+}
+
+#[test]
+fn node_side_filters_stay_when_an_explicit_filter_goes() {
+    sim(15, async |g| {
+        let n = json!({ "driver": "mem", "node-name": "n", "detect-zeroes": "on" });
+        g.blockdev_add(map(n)).await.unwrap();
+        let p = picture(&g).await;
+        pass_over(&g, "f", "n").await;
+        g.blockdev_del("f").await.unwrap();
+        assert_eq!(picture(&g).await, p, "the filter is a property of n");
+        let (id, b) = g.attach("n", "export 'e'", writer()).await.unwrap();
+        write_byte(&b, 0, 1).await;
+        g.detach(id).await.unwrap();
+        assert_eq!(picture(&g).await, p);
+    });
+}
+
+#[test]
+fn a_client_that_goes_has_no_request_under_way() {
+    for seed in 0..20 {
+        for made_first in [false, true] {
+            sim(seed, async |g| {
+                add_overlay(&g, "n").await.unwrap();
+                let own = BackendOptions { name: Some("b0".into()), ..writer() };
+                if made_first {
+                    g.backend_add(own, Some("n")).await.unwrap();
+                }
+                let name = if made_first { "b0" } else { "n" };
+                let (id, b) = g.attach(name, "export 'e'", writer()).await.unwrap();
+                let ended = Rc::new(Cell::new(false));
+                let (late, e) = (b.clone(), ended.clone());
+                let writing = spawn_local(async move {
+                    write_byte(&late, 0, 1).await;
+                    e.set(true);
+                });
+                gipfel_io::yield_now().await;
+                let began = b.accounting().requests[1].load(Ordering::Relaxed) == 1;
+                g.detach(id).await.unwrap();
+                assert!(ended.get() || !began, "seed {seed}: a write is still under way");
+                if made_first || began {
+                    writing.await;
+                }
+                if !made_first {
+                    let e = b.read(0, Buf::new(512)).await.unwrap_err();
+                    assert_eq!(e.kind(), ErrorKind::NoMedium, "a clear answer: {e}");
+                }
+            });
+        }
+    }
+}
+
+#[test]
+fn parents_are_named_by_names_that_users_have() {
+    sim(17, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        let stack = BackendOptions { copy_on_read: true, ..writer() };
+        g.attach("n", "export 'e'", stack).await.unwrap();
+        let p = picture(&g).await;
+        let r = g.blockdev_del("n").await;
+        refused(&g, &p, r, ErrorKind::InUse, "node 'n' is in use by export 'e'").await;
+    });
+}
+
+/// A request that comes while an edge is drained for the first time finds the size as it was.
+#[test]
+fn sizes_are_known_while_edges_are_drained() {
+    for seed in 0..200 {
+        sim(seed, async |g| {
+            add_overlay(&g, "n").await.unwrap();
+            let with = BackendOptions { detect_zeroes: ZeroDetection::On, ..writer() };
+            let (_, busy) = g.attach("n", "export 'a'", writer()).await.unwrap();
+            let (_, fresh) = g.attach("n", "export 'b'", with).await.unwrap();
+            add_overlay(&g, "o").await.unwrap();
+            // Something to wait for, so that the edges stay drained for a while.
+            let first = spawn_local(async move { write_byte(&busy, 0, 1).await });
+            let change = spawn_local(async move { g.blockdev_snapshot("n", "o").await });
+            let late = spawn_local(async move {
+                gipfel_io::time::sleep(Duration::from_nanos(seed * 100)).await;
+                write_byte(&fresh, BLOCK, 2).await;
+            });
+            first.await;
+            late.await;
+            change.await.unwrap();
+        });
+    }
+}
+
+/// The refusal names the client also where it stands on filters of its own.
+#[test]
+fn a_follower_with_filters_that_writes_refuses_a_snapshot() {
+    sim(19, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        add_overlay(&g, "o").await.unwrap();
+        let follow =
+            BackendOptions { follow: Follow::Node, detect_zeroes: ZeroDetection::On, ..writer() };
+        g.attach("n", "export 'w'", follow).await.unwrap();
+        let p = picture(&g).await;
+        let r = g.blockdev_snapshot("n", "o").await;
+        refused(&g, &p, r, ErrorKind::InUse, "export 'w' writes to node 'n' and follows").await;
     });
 }
 

@@ -45,9 +45,11 @@ fn the_throttle_is_topmost_whenever_it_was_made() {
             throttle: Some("g".into()),
             ..filters.clone()
         };
-        g.attach("n", "device 'a'", with).await.unwrap();
+        let (first, _) = g.attach("n", "device 'a'", with).await.unwrap();
         let whole = ["#throttle", "#copy-on-read", "#detect-zeroes", "n", "#block"];
         assert_eq!(stack(&g, "vm0").await, whole);
+        // Beside copy-on-read nobody else may write.
+        g.detach(first).await.unwrap();
         let without = BackendOptions { name: Some("vm1".into()), ..filters };
         let (id, _) = g.attach("n", "device 'b'", without).await.unwrap();
         assert_eq!(stack(&g, "vm1").await, whole[1..]);

@@ -1,7 +1,7 @@
 //! An edge: the named link from a parent to a node, and the one place where requests cross it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::{Buf, Drained, Entered, Gate};
@@ -18,6 +18,9 @@ pub struct Child {
     label: String,
     target: Gate<Option<Arc<Node>>>,
     granted: AtomicU8,
+    drains: AtomicU32,
+    /// Size of the node below when the last drain began, in bytes.
+    size_before: AtomicU64,
 }
 
 /// Lets the requests in and below a node go on without being held back, while it lives.
@@ -41,7 +44,13 @@ impl Child {
     /// An edge called `label` (such as `disk.file`) to `node`.
     pub fn new(label: impl Into<String>, node: Option<Arc<Node>>) -> Arc<Child> {
         let granted = AtomicU8::new(Perm::NONE.mask());
-        Arc::new(Child { label: label.into(), target: Gate::new(node), granted })
+        Arc::new(Child {
+            label: label.into(),
+            target: Gate::new(node),
+            granted,
+            drains: AtomicU32::new(0),
+            size_before: AtomicU64::new(0),
+        })
     }
 
     /// The edge's name.
@@ -70,9 +79,17 @@ impl Child {
     /// Stops new requests at the edge and waits until those below it have settled. The result is
     /// the drained edge: it alone can re-point it, and dropping it lets requests go on.
     pub async fn drain(&self) -> Drained<'_, Option<Arc<Node>>> {
+        self.drains.fetch_add(1, Ordering::Relaxed);
+        let node = self.node().await;
+        self.size_before.store(node.as_ref().map_or(0, |n| n.size()), Ordering::SeqCst);
         // Nobody waits for requests that wait for the clock only.
-        let _held_back = self.node().await.map(Expedited::new);
+        let _held_back = node.map(Expedited::new);
         self.target.close().await
+    }
+
+    /// How often it was drained: what changes of the graph cost those who use it.
+    pub fn drains(&self) -> u32 {
+        self.drains.load(Ordering::Relaxed)
     }
 
     /// What the edge may do below.
@@ -96,6 +113,15 @@ impl Child {
     pub async fn size(&self) -> Result<u64> {
         let e = self.enter().await;
         Ok(self.need(&e)?.size())
+    }
+
+    /// Visible size of the node below in bytes, 0 without one, answered without waiting: while the
+    /// edge is drained, what it was before.
+    pub fn size_now(&self) -> u64 {
+        match self.target.try_enter() {
+            Some(e) => e.as_ref().map_or(0, |n| n.size()),
+            None => self.size_before.load(Ordering::SeqCst),
+        }
     }
 
     /// Reads all of `buf` from `offset` (bytes).
