@@ -2,6 +2,8 @@
 //! Every request takes a random time of the simulated clock.
 
 #[allow(dead_code, reason = "each test file uses its own part")]
+pub mod fan;
+#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod steps;
 
 use std::collections::BTreeMap;
@@ -256,7 +258,8 @@ pub fn graph() -> Rc<Graph> {
         detect_zeroes: (&PASS, |c, _| make_pass(c)),
         copy_on_read: (&PASS, |c, ()| make_pass(c)),
     };
-    let registry = Registry::new(&[&MEMORY, &OVERLAY, &PASS], implicit, "mem", "overlay");
+    let registry =
+        Registry::new(&[&MEMORY, &OVERLAY, &PASS, &fan::FAN], implicit, "mem", "overlay");
     Graph::new(registry.with_throttle(&PASS, Box::new(make_throttle)))
 }
 
