@@ -386,6 +386,47 @@ fn permissions_are_what_the_parents_use() {
     });
 }
 
+/// Whoever drains the set waits for all requests inside; later ones use the set that comes then.
+#[test]
+fn requests_hold_the_set_that_they_began_with() {
+    for seed in 0..30 {
+        World::new(seed).run(async {
+            let disks = disks(3, Some(&mut Rng::new(seed)));
+            let o = json!({ "vote-threshold": 2 });
+            let q = Arc::new(open(&disks, o, Common::default()).await.unwrap());
+            let ended = Arc::new(AtomicU64::new(0));
+            let tasks: Vec<_> = (0..4)
+                .map(|kind| {
+                    let (q, ended, range) = (q.clone(), ended.clone(), ByteRange::new(0, 4096));
+                    spawn_local(async move {
+                        match kind {
+                            0 => q.write(0, 1, 4096).await.unwrap(),
+                            1 => drop(q.read(0, 4096).await.unwrap()),
+                            2 => drop(q.root.status(range).await.unwrap()),
+                            _ => q.root.write_zeroes(range, ZeroFlags::default()).await.unwrap(),
+                        }
+                        ended.fetch_add(1, Ordering::SeqCst);
+                    })
+                })
+                .collect();
+            sleep(Duration::from_nanos(1)).await;
+            let node = q.root.node().await.unwrap();
+            let mut drained = node.driver().copies().unwrap().drain().await;
+            let inside = disks[2].all();
+            let left = drained.get()[..2].to_vec();
+            drained.replace(left.into());
+            drop(drained);
+            q.write(0, 7, 4096).await.unwrap();
+            for t in tasks {
+                t.await;
+            }
+            assert_eq!(ended.load(Ordering::SeqCst), 4);
+            assert!(disks[2].all() == inside, "seed {seed}: written after it had gone");
+            assert_eq!(disks[0].all()[..4096], [7; 4096]);
+        });
+    }
+}
+
 /// Writers that overlap, readers among them, and (with `rots`) one child that goes bad: no read
 /// fails or is wrong, no child but the bad one is blamed, and in the end all hold the same.
 fn history(seed: u64, rots: bool) {
