@@ -281,7 +281,7 @@ impl Filter {
             EdgeInfo {
                 label: self.edge.label().to_owned(),
                 parent: Parent::Node(id),
-                name: spec.name,
+                name: spec.name.into(),
                 role: Role::Filtered,
                 binding: spec.binding,
                 target: None,

@@ -173,9 +173,9 @@ fn creator(def: &DriverDef) -> Result<Create> {
 }
 
 /// Names, roles and targets of a node's children, node-side filters looked through.
-fn children(model: &Model, id: NodeId) -> impl Iterator<Item = (&'static str, Role, NodeId)> {
+fn children(model: &Model, id: NodeId) -> impl Iterator<Item = (&str, Role, NodeId)> {
     let edges = model.node(id).children.iter().map(|e| model.edge(*e));
-    edges.filter_map(|e| Some((e.name, e.role, model.under_side(e.target?))))
+    edges.filter_map(|e| Some((&*e.name, e.role, model.under_side(e.target?))))
 }
 
 fn with_children(model: &Model, id: NodeId) -> IoFuture<'_, Value> {

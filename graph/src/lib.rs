@@ -7,6 +7,7 @@
 mod add;
 pub mod backend;
 mod backends;
+mod copies;
 mod create;
 mod faults;
 mod filename;
@@ -28,6 +29,7 @@ mod transaction;
 
 pub use backend::{Backend, Follow};
 pub use backends::Tray;
+pub use copies::ChildChange;
 pub use faults::{Faults, IoStatus, OnError, Operation};
 pub use filename::{nest, relative_to};
 pub use graph::{BackendOptions, Graph};

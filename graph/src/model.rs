@@ -4,6 +4,7 @@
 //! [`Draft::keep`] puts everything back. So a change that is refused has changed nothing, and the
 //! price of a change does not grow with the size of the graph.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -84,8 +85,8 @@ pub struct EdgeInfo {
     pub label: String,
     /// Where it begins.
     pub parent: Parent,
-    /// The child's name at the parent.
-    pub name: &'static str,
+    /// The child's name at the parent, such as `file` or `children.0`.
+    pub name: Cow<'static, str>,
     /// What the child is to the parent.
     pub role: Role,
     /// Whether it moves when its node is overlaid.
@@ -557,6 +558,19 @@ impl<'a> Draft<'a> {
         Ok(())
     }
 
+    /// Removes an edge of a node whose children come and go, and what only that edge held.
+    pub fn remove_copy(&mut self, id: EdgeId) -> Result<()> {
+        let (parent, below) = (self.edge(id).parent, self.edge(id).target);
+        self.remove_edge(id)?;
+        if let Parent::Node(p) = parent {
+            self.node_mut(p).children.retain(|e| *e != id);
+        }
+        match below {
+            Some(n) if self.is_orphan(n) => self.remove_node(n),
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a node that no edge ends at, and whatever only it held. Removed nodes are listed
     /// by the transaction.
     pub fn remove_node(&mut self, id: NodeId) -> Result<()> {
@@ -603,7 +617,7 @@ impl<'a> Draft<'a> {
         let e = EdgeInfo {
             label: live.label().to_owned(),
             parent: Parent::Backend(id),
-            name: "root",
+            name: "root".into(),
             role: Role::Filtered,
             binding: match info.follow {
                 Follow::Disk => Binding::Position,

@@ -15,6 +15,7 @@ use gipfel_node::{
 };
 use serde_json::{Map, Value};
 
+use crate::copies::copy_name;
 use crate::filename;
 use crate::graph::{Filter, Graph};
 use crate::model::{Draft, EdgeInfo, Model, NodeId, NodeInfo, Owner, Parent};
@@ -152,8 +153,9 @@ impl Graph {
             }
             let below = Inherit { common: inherit_common(def, common), ..inherit.clone() };
             let mut children = Vec::new();
-            for spec in def.children {
-                let option = o.remove(spec.name);
+            for (spec, child, option) in
+                child_options(def, &mut o).at(|| format!("node '{name}'"))?
+            {
                 let is_given = option.is_some();
                 let target = self
                     .open_child(model, names, spec, option, below.clone())
@@ -164,7 +166,7 @@ impl Graph {
                     Target::Existing(n) => Some(model.node(model.top_of(*n)).live.clone()),
                     Target::New(t) => Some(t.live.clone()),
                 };
-                let edge = Child::new(format!("{name}.{}", spec.name), node);
+                let edge = Child::new(format!("{name}.{child}"), node);
                 if let (Target::New(t), Role::Image | Role::Data) = (&target, spec.role) {
                     // The image is locked before its header is read.
                     let perms = expected(spec.role, !common.read_only);
@@ -336,7 +338,7 @@ impl Graph {
             let info = EdgeInfo {
                 label: edge.label().to_owned(),
                 parent: Parent::Node(id),
-                name: spec.name,
+                name: edge.label()[name.len() + 1..].to_owned().into(),
                 role: spec.role,
                 binding: spec.binding,
                 target: None,
@@ -367,6 +369,31 @@ impl Graph {
         }
         found
     }
+}
+
+/// The children that a driver's options speak of, each with its name and its option, which are
+/// taken out: one for each [`ChildSpec`], and for [`Role::Copy`] as many as its list has.
+fn child_options(
+    def: &'static DriverDef,
+    o: &mut Map<String, Value>,
+) -> Result<Vec<(&'static ChildSpec, String, Option<Value>)>> {
+    let mut found = Vec::new();
+    for spec in def.children {
+        match (spec.role, o.remove(spec.name)) {
+            (Role::Copy, Some(Value::Array(list))) => {
+                let numbered = list.into_iter().enumerate();
+                found.extend(numbered.map(|(i, v)| (spec, copy_name(spec, i), Some(v))));
+            }
+            (Role::Copy, _) => {
+                return Err(Error::invalid(format!(
+                    "option '{}' is missing: list the node-names or the options of the children",
+                    spec.name
+                )));
+            }
+            (_, option) => found.push((spec, spec.name.to_owned(), option)),
+        }
+    }
+    Ok(found)
 }
 
 /// What children of a node with these common options begin with.

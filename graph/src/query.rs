@@ -6,6 +6,7 @@ use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_node::{DriverInfo, Role};
 use serde_json::{Map, Value, json};
 
+use crate::copies::copies;
 use crate::create::cache_value;
 use crate::graph::Graph;
 use crate::model::{Model, NodeId, Parent};
@@ -126,11 +127,33 @@ async fn filename(model: &Model, id: NodeId, info: &DriverInfo) -> String {
         }
         at = next;
     }
+    format!("json:{}", Value::Object(described(model, id)))
+}
+
+/// The options that mean a node's image. Children that come and go are those there are now, with
+/// their own images in full.
+fn described(model: &Model, id: NodeId) -> Map<String, Value> {
     let mut options = model.node(id).options.clone();
     for key in UNNAMED {
         options.remove(key);
     }
-    format!("json:{}", Value::Object(options))
+    for spec in model.node(id).live.def().children.iter().filter(|s| s.role == Role::Copy) {
+        let targets = copies(model, id).filter_map(|(_, e)| e.target);
+        let list = targets.map(|t| Value::Object(inlined(model, model.under_side(t))));
+        options.insert(spec.name.into(), list.collect());
+    }
+    options
+}
+
+/// [`described`], with the children that are named in the options described in their place.
+fn inlined(model: &Model, id: NodeId) -> Map<String, Value> {
+    let mut options = described(model, id);
+    for e in model.node(id).children.iter().map(|e| model.edge(*e)) {
+        if let (Some(o), Some(t)) = (options.get_mut(&*e.name), e.target) {
+            *o = Value::Object(inlined(model, model.under_side(t)));
+        }
+    }
+    options
 }
 
 /// ImageInfo of one node, its backing image left out.

@@ -6,8 +6,9 @@ use gipfel_base::{Error, ErrorKind, Result, ResultExt};
 use gipfel_node::{Common, Discard, Reopen, Role};
 use serde_json::{Map, Value};
 
+use crate::copies::copies;
 use crate::graph::{Filter, Graph};
-use crate::model::{Draft, EdgeId, Model, NodeId, Owner};
+use crate::model::{Draft, EdgeId, EdgeInfo, Model, NodeId, Owner};
 use crate::open::take_common;
 use crate::registry::ZeroDetection;
 
@@ -133,7 +134,7 @@ fn with_common(mut o: Map<String, Value>, c: &Common) -> Value {
 
 /// The options that concern the driver alone.
 fn own_options(o: &Map<String, Value>) -> Map<String, Value> {
-    const OTHERS: [&str; 11] = [
+    const OTHERS: [&str; 12] = [
         "driver",
         "node-name",
         "read-only",
@@ -145,6 +146,7 @@ fn own_options(o: &Map<String, Value>) -> Map<String, Value> {
         "file",
         "backing",
         "data-file",
+        "children",
     ];
     o.iter()
         .filter(|(k, _)| !OTHERS.contains(&k.as_str()))
@@ -160,7 +162,12 @@ fn children(
 ) -> Result<Vec<(EdgeId, Option<NodeId>)>> {
     let mut found = Vec::new();
     let node = model.node(id);
-    for (spec, edge) in node.live.def().children.iter().zip(&node.children) {
+    let specs = node.live.def().children;
+    let fixed = node.children.iter().filter(|e| model.edge(**e).role != Role::Copy);
+    for spec in specs.iter().filter(|s| s.role == Role::Copy) {
+        same_copies(model, id, o.remove(spec.name))?;
+    }
+    for (spec, edge) in specs.iter().filter(|s| s.role != Role::Copy).zip(fixed) {
         let now = model.edge(*edge).target.map(|t| model.under_side(t));
         let target = match o.remove(spec.name) {
             Some(Value::String(n)) => Some(model.find_node(&n).at(|| format!("'{}'", spec.name))?),
@@ -198,6 +205,27 @@ fn children(
         }
     }
     Ok(found)
+}
+
+/// Fails where a list of children names others than there are: those come and go by a command of
+/// their own.
+fn same_copies(model: &Model, id: NodeId, option: Option<Value>) -> Result<()> {
+    let names_it = |(v, e): (&Value, &EdgeInfo)| {
+        let name = v.as_str().or_else(|| v.get("node-name").and_then(Value::as_str));
+        let now = e.target.map(|t| &*model.node(model.under_side(t)).name);
+        (name.is_none() && v.is_object()) || (name == now && now.is_some())
+    };
+    let same = option.as_ref().and_then(Value::as_array).is_some_and(|list| {
+        let now: Vec<_> = copies(model, id).map(|(_, e)| e).collect();
+        list.len() == now.len() && list.iter().zip(now).all(names_it)
+    });
+    if same {
+        return Ok(());
+    }
+    Err(Error::unsupported(
+        "a reopen does not add or remove children: list those there are, and change them with \
+         x-blockdev-change",
+    ))
 }
 
 /// Puts the node-side filter of `id` in, out, or a new one in the old one's place.

@@ -75,16 +75,23 @@ fn find_edge(model: &Model, name: &str) -> Result<EdgeId> {
             format!("there is no edge '{name}': edges are called PARENT.CHILD, as in 'disk.file'"),
         )
     };
-    let (parent, child) = name.rsplit_once('.').ok_or_else(missing)?;
-    match model.lookup(parent) {
-        Some(Named::Backend(b)) if child == "root" => Ok(model.cut_edge(model.backend(b))),
-        Some(Named::Node(_)) => {
-            let n = model.find_node(parent)?;
-            let found = model.node(n).children.iter().find(|e| model.edge(**e).name == child);
-            found.copied().ok_or_else(missing)
+    // Names of parents and of children may have dots themselves.
+    for (at, _) in name.rmatch_indices('.') {
+        let (parent, child) = (&name[..at], &name[at + 1..]);
+        match model.lookup(parent) {
+            Some(Named::Backend(b)) if child == "root" => {
+                return Ok(model.cut_edge(model.backend(b)));
+            }
+            Some(Named::Node(_)) => {
+                let edges = &model.node(model.find_node(parent)?).children;
+                if let Some(e) = edges.iter().find(|e| model.edge(**e).name == child) {
+                    return Ok(*e);
+                }
+            }
+            _ => {}
         }
-        _ => Err(missing()),
     }
+    Err(missing())
 }
 
 /// The node whose data `n` shows, filters looked through.

@@ -16,8 +16,9 @@ use gipfel_base::units::MIB;
 use gipfel_base::{Result, ResultExt};
 use gipfel_io::{Drained, Task, spawn_local};
 use gipfel_node::node::Owed;
-use gipfel_node::{Child, Node, Perm, Perms};
+use gipfel_node::{Child, CopySet, Node, Perm, Perms};
 
+use crate::copies::copies;
 use crate::graph::Graph;
 use crate::model::{Draft, Model, NodeId, Parent};
 use crate::{perms, picture};
@@ -33,6 +34,14 @@ struct Swap {
     rank: usize,
 }
 
+/// A node that gets children or loses some. The set is drained before the edges that begin at the
+/// node, and after those above it.
+struct Resettled {
+    node: Arc<Node>,
+    set: CopySet,
+    rank: usize,
+}
+
 /// A node whose parents need or allow something else than before.
 struct Change {
     id: NodeId,
@@ -44,6 +53,9 @@ struct Change {
 /// What a checked draft comes down to.
 struct Plan {
     swaps: Vec<Swap>,
+    resettled: Vec<Resettled>,
+    /// Children that were dropped: they owe a flush, which nobody who is left waits for.
+    dropped: Vec<(NodeId, Arc<Node>)>,
     changes: Vec<Change>,
     removed: Vec<Arc<Node>>,
     grants: Vec<Grant>,
@@ -85,6 +97,11 @@ impl Debt {
         Ok(Debt { node, to, owed, begun })
     }
 
+    /// A node that is no part of any new path: its flush may fail without harm to what is left.
+    fn of_dropped(node: Arc<Node>) -> Debt {
+        Debt { node, to: Vec::new(), owed: Arc::new(Owed::default()), begun: None }
+    }
+
     /// Lets the next flushes through the new path wait for this one.
     fn announce(&self) {
         self.to.iter().for_each(|n| n.owe(self.owed.clone()));
@@ -96,7 +113,11 @@ impl Debt {
         }
         let name = self.node.name();
         let at = || format!("flushing node '{name}' after it lost its writers");
-        self.owed.settle(self.node.driver().flush().await.at(at));
+        let outcome = self.node.driver().flush().await.at(at);
+        if let (true, Err(e)) = (self.to.is_empty(), &outcome) {
+            eprintln!("gipfel: {e}");
+        }
+        self.owed.settle(outcome);
     }
 }
 
@@ -139,6 +160,7 @@ impl Plan {
             swaps.push(Swap { edge, from: was, to, onto_lower, rank });
         }
         swaps.sort_by_key(|s| s.rank);
+        let (resettled, dropped) = resettled(draft);
         let mut changes = Vec::new();
         let mut removed = Vec::new();
         for (id, before) in &draft.before.nodes {
@@ -154,7 +176,7 @@ impl Plan {
                 _ => {}
             }
         }
-        Plan { swaps, changes, removed, grants }
+        Plan { swaps, resettled, dropped, changes, removed, grants }
     }
 
     /// Nodes that lose their writers to others, with those others.
@@ -170,6 +192,27 @@ impl Plan {
         }
         found.into_values().collect()
     }
+}
+
+/// The nodes whose copies change, topmost first, and the copies that they lose and that stay
+/// in the graph.
+fn resettled(draft: &Draft<'_>) -> (Vec<Resettled>, Vec<(NodeId, Arc<Node>)>) {
+    let (mut found, mut dropped) = (Vec::new(), Vec::new());
+    for (id, before) in &draft.before.nodes {
+        let (Some(before), Some(now)) = (before, draft.get_node(*id)) else { continue };
+        if before.children == now.children || now.live.driver().copies().is_none() {
+            continue;
+        }
+        let gone = before.children.iter().filter(|e| draft.get_edge(**e).is_none());
+        let targets = gone.filter_map(|e| draft.before.edges.get(e)?.as_ref()?.target);
+        let kept = targets.filter_map(|t| Some((t, draft.get_node(t)?.live.clone())));
+        dropped.extend(kept);
+        let set = copies(draft, *id).map(|(_, e)| e.live.clone()).collect();
+        let rank = now.children.first().map_or(0, |e| draft.rank(*e));
+        found.push(Resettled { node: now.live.clone(), set, rank });
+    }
+    found.sort_by_key(|r| r.rank);
+    (found, dropped)
 }
 
 fn before_node(draft: &Draft<'_>, id: NodeId) -> Arc<Node> {
@@ -200,11 +243,16 @@ impl Graph {
         for (node, to) in losers {
             debts.push(Debt::begin(node, to).await?);
         }
+        let lost = |n: &NodeId| {
+            plan.changes.iter().any(|c| c.id == *n && c.old.writes() && !c.new.writes())
+        };
+        let dropped = plan.dropped.iter().filter(|(id, _)| lost(id));
+        debts.extend(dropped.map(|(_, n)| Debt::of_dropped(n.clone())));
         acquire(&plan.changes).await?;
         draft.keep();
         // What is lost is lost before anything is given up, what is gained is gained at its end.
         plan.grants.iter().for_each(|g| g.edge.grant(g.old & g.new));
-        swap(plan.swaps).await;
+        swap(plan.swaps, plan.resettled).await;
         plan.grants.iter().for_each(|g| g.edge.grant(g.new));
         if debts.is_empty() {
             release(plan.changes.iter().map(|c| (&c.node, c.new))).await;
@@ -255,19 +303,44 @@ async fn release(nodes: impl Iterator<Item = (&Arc<Node>, Perms)>) {
     }
 }
 
-/// Drains the edges from the clients downwards, swaps all of them, and lets requests go on.
-async fn swap(swaps: Vec<Swap>) {
-    let mut drained: Vec<Drained<'_, Option<Arc<Node>>>> = Vec::new();
+/// Something that is drained, and what it gets.
+enum Held<'a> {
+    Edge(Drained<'a, Option<Arc<Node>>>, Option<Arc<Node>>),
+    Set(Drained<'a, CopySet>, CopySet),
+}
+
+impl Held<'_> {
+    fn replace(&mut self) {
+        match self {
+            Held::Edge(d, to) => drop(d.replace(to.take())),
+            Held::Set(d, to) => drop(d.replace(to.clone())),
+        }
+    }
+}
+
+/// Drains edges and sets of children from the clients downwards, swaps all of them, and lets
+/// requests go on.
+async fn swap(swaps: Vec<Swap>, resettled: Vec<Resettled>) {
+    let mut held: Vec<Held<'_>> = Vec::new();
+    let mut waiting = resettled.iter().filter_map(|r| Some((r, r.node.driver().copies()?)));
+    let mut next = waiting.next();
     for level in swaps.chunk_by(|a, b| a.rank == b.rank) {
+        while let Some((r, copies)) = next.filter(|(r, _)| r.rank <= level[0].rank) {
+            held.push(Held::Set(copies.drain().await, r.set.clone()));
+            next = waiting.next();
+        }
         let closing =
             level.iter().map(|s| Box::pin(s.edge.drain()) as Pin<Box<dyn Future<Output = _>>>);
-        drained.extend(join(closing.collect()).await);
+        let drained = join(closing.collect()).await;
+        held.extend(drained.into_iter().zip(level).map(|(d, s)| Held::Edge(d, s.to.clone())));
     }
-    for (d, s) in drained.iter_mut().zip(&swaps) {
-        d.replace(s.to.clone());
+    while let Some((r, copies)) = next {
+        held.push(Held::Set(copies.drain().await, r.set.clone()));
+        next = waiting.next();
     }
+    held.iter_mut().for_each(Held::replace);
     // From the bottom up: who gets in again finds all below open.
-    while drained.pop().is_some() {}
+    while held.pop().is_some() {}
 }
 
 /// The outcomes of all futures, which run side by side.

@@ -202,6 +202,25 @@ impl Buf {
         true
     }
 
+    /// Where the bytes first differ from those of `other`, as an offset; the end of the shorter
+    /// one where it is the beginning of the longer one; `None` where they are the same.
+    pub fn first_difference(&self, other: &Buf) -> Option<usize> {
+        const PIECE: usize = 512;
+        let (mut a, mut b) = ([0u8; PIECE], [0u8; PIECE]);
+        let common = self.len.min(other.len);
+        let mut at = 0;
+        while at < common {
+            let n = (common - at).min(PIECE);
+            self.copy_to(at, &mut a[..n]);
+            other.copy_to(at, &mut b[..n]);
+            if a[..n] != b[..n] {
+                return a.iter().zip(&b).position(|(x, y)| x != y).map(|i| at + i);
+            }
+            at += n;
+        }
+        (self.len != other.len).then_some(common)
+    }
+
     /// A copy of the bytes.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut v = vec![0; self.len];

@@ -24,10 +24,10 @@ pub struct Child {
 }
 
 /// Lets the requests in and below a node go on without being held back, while it lives.
-struct Expedited(Vec<Arc<Node>>);
+pub(crate) struct Expedited(Vec<Arc<Node>>);
 
 impl Expedited {
-    fn new(top: Arc<Node>) -> Expedited {
+    pub(crate) fn new(top: Arc<Node>) -> Expedited {
         let found = Node::all_below(top);
         found.iter().for_each(|n| n.driver().expedite(true));
         Expedited(found)

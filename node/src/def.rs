@@ -69,7 +69,8 @@ pub struct OpenArgs {
     pub options: Value,
     /// The common options.
     pub common: Common,
-    /// One edge for each [`ChildSpec`] of the driver, in that order; those not given are empty.
+    /// One edge for each [`ChildSpec`] of the driver, in that order; those not given are empty. Of
+    /// [`Role::Copy`] there are as many as were given.
     pub children: Vec<Arc<Child>>,
 }
 

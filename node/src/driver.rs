@@ -9,6 +9,7 @@ use gipfel_io::{Buf, Entered, EpochPin, File};
 use serde_json::Value;
 
 use crate::child::Child;
+use crate::copies::Copies;
 use crate::perm::{Perms, Role, child_perms};
 use crate::status::Status;
 
@@ -149,9 +150,22 @@ pub trait Driver: Send + Sync + 'static {
     /// Visible size in bytes.
     fn size(&self) -> u64;
 
-    /// The edges to its children; the same ones for the driver's whole life.
+    /// The edges to its children; the same ones for the driver's whole life. Those that come and
+    /// go are [`Driver::copies`].
     fn children(&self) -> &[Arc<Child>] {
         &[]
+    }
+
+    /// The children that come and go while it is in use, for a driver with a child of
+    /// [`Role::Copy`].
+    fn copies(&self) -> Option<&Copies> {
+        None
+    }
+
+    /// Says why the driver could not go on with `count` copies, if it could not.
+    fn check_copies(&self, count: usize) -> Result<()> {
+        let _ = count;
+        Ok(())
     }
 
     /// Where the first bytes of `range` lie, answered without waiting, locking or allocating.

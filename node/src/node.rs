@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use event_listener::Event;
 use gipfel_base::{ByteRange, Error, Result};
 
+use crate::copies::Copies;
 use crate::def::DriverDef;
 use crate::driver::Driver;
 
@@ -97,7 +98,9 @@ impl Node {
         let mut at = 0;
         while at < found.len() {
             let node = found[at].clone();
-            for c in node.driver().children() {
+            let copies = node.driver().copies().and_then(Copies::try_enter);
+            let copies = copies.iter().flat_map(|set| set.iter());
+            for c in node.driver().children().iter().chain(copies) {
                 let below = c.try_enter().and_then(|e| e.clone());
                 found.extend(below.filter(|n| seen.insert(Arc::as_ptr(n))));
             }

@@ -124,6 +124,10 @@ pub enum Role {
     Data,
     /// Where reads of unallocated ranges go.
     Backing,
+    /// One of any number of children that are to hold the same data (quorum). The option is a
+    /// list; the edges are called `NAME.0`, `NAME.1` and so on, and come and go: the driver keeps
+    /// them as [`Copies`](crate::Copies).
+    Copy,
 }
 
 /// Whether an edge means "the disk that is here" or "these very bytes" (mutators.md, rule 3).
@@ -159,6 +163,15 @@ pub fn child_perms(role: Role, above: Perms, writable: bool) -> Perms {
             used: above.used & Perm::CONSISTENT_READ,
             shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
         },
+        // What reaches one copy reaches all of them, and nobody else may make them differ.
+        Role::Copy => {
+            let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
+            let passed = Perm::CONSISTENT_READ | if writable { writes } else { Perm::NONE };
+            Perms {
+                used: above.used & passed,
+                shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
+            }
+        }
     }
 }
 

@@ -164,7 +164,7 @@ fn own_bytes(node: &Node, range: ByteRange) -> u64 {
                     Some(next) => own_bytes(next, ByteRange::new(offset, len)),
                     None => 0,
                 },
-                Some(Role::Backing) | None => 0,
+                Some(Role::Backing | Role::Copy) | None => 0,
             };
             drop(pin);
             own

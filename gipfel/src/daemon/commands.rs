@@ -6,7 +6,7 @@ use std::time::Duration;
 use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_exports::NewExport;
 use gipfel_exports::nbd::{Removal, ServerOptions};
-use gipfel_graph::{Action, BackendOptions, Graph, ReplaceEdges, SnapshotSync};
+use gipfel_graph::{Action, BackendOptions, ChildChange, Graph, ReplaceEdges, SnapshotSync};
 use gipfel_qmp::Registry;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -96,8 +96,14 @@ struct Resize {
 }
 
 /// Commands that change the graph and nothing else, so that they can be rehearsed.
-const MUTATORS: [&str; 5] =
-    ["blockdev-add", "blockdev-del", "blockdev-reopen", "blockdev-snapshot", "blockdev-replace"];
+const MUTATORS: [&str; 6] = [
+    "blockdev-add",
+    "blockdev-del",
+    "blockdev-reopen",
+    "blockdev-snapshot",
+    "blockdev-replace",
+    "x-blockdev-change",
+];
 
 /// Carries out one of [`MUTATORS`] or of [`backends::MUTATORS`] on `g`.
 async fn mutate(d: Rc<Daemon>, g: Rc<Graph>, command: &str, mut a: Args) -> Result<()> {
@@ -127,6 +133,18 @@ async fn mutate(d: Rc<Daemon>, g: Rc<Graph>, command: &str, mut a: Args) -> Resu
                 _ => return Err(Error::invalid("give either 'edge' or 'node'")),
             };
             g.blockdev_replace(&edges, text("with")).await
+        }
+        "x-blockdev-change" => {
+            let change = match (a.get("node"), a.get("child")) {
+                (Some(_), None) => ChildChange::Add(text("node").to_owned()),
+                (None, Some(_)) => ChildChange::Remove(text("child").to_owned()),
+                _ => {
+                    return Err(Error::invalid(
+                        "give either 'node', which becomes a child, or 'child', which goes",
+                    ));
+                }
+            };
+            g.blockdev_change(text("parent"), &change).await
         }
         _ => backends::mutate(&d, &g, command, a).await,
     }

@@ -9,6 +9,7 @@ mod drive;
 mod events;
 mod monitor;
 pub mod objects;
+mod reports;
 mod throttle;
 
 use std::cell::Cell;
@@ -27,7 +28,6 @@ use gipfel_io::process::{Background, PidFile, raise_descriptor_limit};
 use gipfel_io::signals::Signals;
 use gipfel_io::{Runtime, spawn_local};
 use gipfel_jobs::Jobs;
-use gipfel_node::Reports;
 use gipfel_qmp::keyval::Style;
 use gipfel_qmp::{Registry, Schema, Version};
 use serde_json::{Map, Value, json};
@@ -99,11 +99,11 @@ impl Daemon {
     pub fn new(runtime: &Runtime) -> Result<Rc<Daemon>> {
         let schema = Schema::builtin()?;
         let objects = Objects::default();
-        let graph = Graph::new(drivers::registry(&objects));
+        let reports = Arc::default();
+        let graph = Graph::new(drivers::registry(&objects, &reports));
         let events = Events::new(schema);
-        let reports = Arc::new(Reports::default());
         graph.tell(reports.clone());
-        pass_on(reports, events.clone());
+        reports::pass_on(events.clone(), reports);
         let (on_deleted, on_change) = (events.clone(), events.clone());
         let exports = Exports::new(
             graph.clone(),
@@ -217,17 +217,6 @@ impl Daemon {
         let graph = self.graph.close_all().await;
         exports.and(graph)
     }
-}
-
-/// Makes events of what happens on I/O threads, for as long as the process runs.
-fn pass_on(reports: Arc<Reports>, events: Rc<Events>) {
-    spawn_local(async move {
-        loop {
-            let r = reports.next().await;
-            events.emit(r.event, r.data);
-        }
-    })
-    .detach();
 }
 
 impl Setup {

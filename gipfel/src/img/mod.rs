@@ -18,6 +18,7 @@ use std::io::Write;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -191,7 +192,7 @@ fn with_signals(
     command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
     runtime.block_on(async {
-        let graph = Graph::new(drivers::registry(&Objects::default()));
+        let graph = Graph::new(drivers::registry(&Objects::default(), &Arc::default()));
         let work = async {
             let done = command(graph.clone()).await;
             let closed = graph.close_all().await;

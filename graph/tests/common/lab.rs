@@ -25,7 +25,7 @@ pub const BLOCK: u64 = 512;
 pub const SIZE: u64 = 64 * BLOCK;
 
 /// A length of time that depends on the bytes at hand: enough to mix the order of requests.
-async fn pause(salt: u64) {
+pub async fn pause(salt: u64) {
     sleep(Duration::from_nanos(1 + salt.wrapping_mul(0x9e37_79b9_7f4a_7c15) % 10_000)).await;
 }
 
@@ -476,7 +476,7 @@ pub fn registry(lab: &Arc<Lab>) -> Registry {
     };
     let groups = throttle::Groups::new();
     let lab = lab.clone();
-    Registry::new(&[&MEMORY, &OVERLAY, &PASS], implicit, "mem", "overlay")
+    Registry::new(&[&MEMORY, &OVERLAY, &PASS, &super::fan::FAN], implicit, "mem", "overlay")
         .with_opener("mem", Box::new(move |a| Box::pin(open_memory(lab.clone(), a))))
         .with_throttle(
             &throttle::THROTTLE,

@@ -1,6 +1,8 @@
 //! A graph over drivers that live in memory, for tests of the graph.
 
 #[allow(dead_code, reason = "each test file uses its own part")]
+pub mod fan;
+#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod lab;
 #[allow(dead_code, reason = "each test file uses its own part")]
 pub mod mutate;
