@@ -7,24 +7,24 @@ use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_node::{
     Ability, Access, Binding, Child, ChildSpec, Driver, DriverInfo, IoFuture, Limits, Mapping,
-    Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+    Perms, Reopen, Role, SnapshotSource, Status, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
-/// The one child of every filter.
+/// The child of every filter, and of most the only one.
 pub(crate) const FILE: &[ChildSpec] =
     &[ChildSpec { name: "file", role: Role::Filtered, binding: Binding::Position, required: true }];
 
 /// What a filter stands on.
 pub(crate) struct Below {
-    children: [Arc<Child>; 1],
+    children: Vec<Arc<Child>>,
     /// Size when it was last seen, for the moments in which the child is being changed.
     seen: AtomicU64,
 }
 
 impl Below {
-    fn new(child: Arc<Child>, size: u64) -> Below {
-        Below { children: [child], seen: AtomicU64::new(size) }
+    fn new(children: Vec<Arc<Child>>, size: u64) -> Below {
+        Below { children, seen: AtomicU64::new(size) }
     }
 
     /// The edge to the filtered child.
@@ -94,16 +94,30 @@ pub(crate) trait Filter: Send + Sync + 'static {
         above
     }
 
+    /// As [`Driver::child_perms`], for a child beside `file`.
+    fn other_child_perms(&self, above: Perms) -> Perms {
+        let _ = above;
+        Perms::IDLE
+    }
+
     /// As [`Driver::expedite`].
     fn expedite(&self, on: bool) {
         let _ = on;
+    }
+
+    /// As [`Driver::snapshot_source`].
+    fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
+        None
     }
 
     /// Fails where options of a reopen are not those in force.
     fn same_options(&self, options: Value) -> Result<()>;
 
     /// The node goes; no request follows.
-    fn close(&self) {}
+    fn close<'a>(&'a self) -> IoFuture<'a> {
+        // A filter holds nothing back in memory.
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// A filter as a driver.
@@ -115,15 +129,15 @@ pub(crate) struct Filtered<F> {
 impl<F: Filter> Filtered<F> {
     /// An implicit filter over `child`, which may be empty.
     pub(crate) fn implicit(child: Arc<Child>, filter: F) -> Box<dyn Driver> {
-        Box::new(Filtered { below: Below::new(child, 0), filter })
+        Box::new(Filtered { below: Below::new(vec![child], 0), filter })
     }
 
-    /// A filter over the one child that it was opened with.
+    /// A filter over the children that it was opened with, `file` being the first.
     pub(crate) async fn open(children: Vec<Arc<Child>>, filter: F) -> Result<Box<dyn Driver>> {
-        let [child] = <[Arc<Child>; 1]>::try_from(children)
-            .map_err(|_| Error::invalid("a filter has one child, 'file'"))?;
-        let size = child.size().await?;
-        Ok(Box::new(Filtered { below: Below::new(child, size), filter }))
+        let file =
+            children.first().ok_or_else(|| Error::invalid("a filter has a child, 'file'"))?;
+        let size = file.size().await?;
+        Ok(Box::new(Filtered { below: Below::new(children, size), filter }))
     }
 }
 
@@ -187,8 +201,11 @@ impl<F: Filter> Driver for Filtered<F> {
         self.below.ask(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 })
     }
 
-    fn child_perms(&self, _: usize, _: Role, above: Perms, writable: bool) -> Perms {
-        self.filter.child_perms(above, writable)
+    fn child_perms(&self, index: usize, _: Role, above: Perms, writable: bool) -> Perms {
+        match index {
+            0 => self.filter.child_perms(above, writable),
+            _ => self.filter.other_child_perms(above),
+        }
     }
 
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
@@ -232,9 +249,11 @@ impl<F: Filter> Driver for Filtered<F> {
         self.filter.expedite(on);
     }
 
+    fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
+        self.filter.snapshot_source()
+    }
+
     fn close<'a>(&'a self) -> IoFuture<'a> {
-        // A filter holds nothing back in memory.
-        self.filter.close();
-        Box::pin(async { Ok(()) })
+        self.filter.close()
     }
 }

@@ -1,19 +1,24 @@
 //! The concrete drivers: the one place where they are named together.
 
-use gipfel_filters::{COPY_ON_READ, DETECT_ZEROES, THROTTLE, copy_on_read, detect_zeroes};
+use gipfel_filters::{
+    COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, SNAPSHOT_ACCESS, THROTTLE, copy_on_read,
+    detect_zeroes,
+};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::DriverDef;
 
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 7] = [
+const DRIVERS: [&DriverDef; 9] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &COPY_BEFORE_WRITE,
     &COPY_ON_READ,
+    &SNAPSHOT_ACCESS,
     &THROTTLE,
 ];
 
