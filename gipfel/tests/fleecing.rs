@@ -50,7 +50,7 @@ impl Server {
         );
     }
 
-    fn qcow2(&self, q: &mut Qmp, node: &str, create: &[&str]) {
+    fn qcow2(&self, q: &mut Qmp, node: &str, create: &[&str], backing: Value) {
         let path = self.scratch.arg(&format!("{node}.qcow2"));
         let size = SIZE.to_string();
         let mut args = vec!["create", "-q", "-f", "qcow2"];
@@ -60,7 +60,7 @@ impl Server {
         let file = json!({ "driver": "file", "filename": path, "discard": "unmap" });
         q.command(
             "blockdev-add",
-            json!({ "driver": "qcow2", "node-name": node, "file": file, "backing": null }),
+            json!({ "driver": "qcow2", "node-name": node, "file": file, "backing": backing }),
         );
     }
 }
@@ -128,9 +128,10 @@ fn a_moment_is_exported_under_writers() {
         })
         .collect();
     for round in 0..8u64 {
-        match round % 2 {
+        match round % 3 {
             0 => s.file(&mut q, "target", &vec![0x5a; SIZE]),
-            _ => s.qcow2(&mut q, "target", &[]),
+            1 => s.qcow2(&mut q, "target", &[], Value::Null),
+            _ => s.qcow2(&mut q, "target", &[], json!("disk")),
         }
         add(&mut q, "copy-before-write", "cbw", json!({ "file": "disk", "target": "target" }));
         q.command("blockdev-replace", json!({ "node": "disk", "with": "cbw" }));
@@ -185,7 +186,7 @@ fn data_are_those_of_the_reference() {
         let s = Server::start(&format!("fleecing-like-{i}"), start, &[]);
         let mut q = s.qmp();
         s.file(&mut q, "disk", &pattern());
-        s.qcow2(&mut q, "target", &["-o", "cluster_size=128k"]);
+        s.qcow2(&mut q, "target", &["-o", "cluster_size=128k"], json!("disk"));
         add(
             &mut q,
             "copy-before-write",

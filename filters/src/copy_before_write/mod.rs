@@ -199,10 +199,9 @@ impl Filter for CopyBeforeWrite {
         if above.used.is_empty() {
             return Perms::IDLE;
         }
-        Perms {
-            used: Perm::CONSISTENT_READ | Perm::WRITE,
-            shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
-        }
+        // Only what was copied there is read there: where the target is an overlay, what it stands
+        // on may change (and does, where that is the disk).
+        Perms { used: Perm::WRITE, shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED }
     }
 
     fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
