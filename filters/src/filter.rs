@@ -6,22 +6,22 @@ use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_node::{
     Ability, Access, Binding, Child, ChildSpec, Driver, DriverInfo, IoFuture, Limits, Mapping,
-    Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+    Perms, Reopen, Role, SnapshotSource, Status, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
-/// The one child of every filter.
+/// The child of every filter, and of most the only one.
 pub(crate) const FILE: &[ChildSpec] =
     &[ChildSpec { name: "file", role: Role::Filtered, binding: Binding::Position, required: true }];
 
 /// What a filter stands on.
 pub(crate) struct Below {
-    children: [Arc<Child>; 1],
+    children: Vec<Arc<Child>>,
 }
 
 impl Below {
-    fn new(child: Arc<Child>) -> Below {
-        Below { children: [child] }
+    fn new(children: Vec<Arc<Child>>) -> Below {
+        Below { children }
     }
 
     /// The edge to the filtered child.
@@ -86,16 +86,30 @@ pub(crate) trait Filter: Send + Sync + 'static {
         above
     }
 
+    /// As [`Driver::child_perms`], for a child beside `file`.
+    fn other_child_perms(&self, above: Perms) -> Perms {
+        let _ = above;
+        Perms::IDLE
+    }
+
     /// As [`Driver::expedite`].
     fn expedite(&self, on: bool) {
         let _ = on;
+    }
+
+    /// As [`Driver::snapshot_source`].
+    fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
+        None
     }
 
     /// Fails where options of a reopen are not those in force.
     fn same_options(&self, options: Value) -> Result<()>;
 
     /// The node goes; no request follows.
-    fn close(&self) {}
+    fn close<'a>(&'a self) -> IoFuture<'a> {
+        // A filter holds nothing back in memory.
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// A filter as a driver.
@@ -107,15 +121,15 @@ pub(crate) struct Filtered<F> {
 impl<F: Filter> Filtered<F> {
     /// An implicit filter over `child`, which may be empty.
     pub(crate) fn implicit(child: Arc<Child>, filter: F) -> Box<dyn Driver> {
-        Box::new(Filtered { below: Below::new(child), filter })
+        Box::new(Filtered { below: Below::new(vec![child]), filter })
     }
 
-    /// A filter over the one child that it was opened with.
+    /// A filter over the children that it was opened with, `file` being the first.
     pub(crate) async fn open(children: Vec<Arc<Child>>, filter: F) -> Result<Box<dyn Driver>> {
-        let [child] = <[Arc<Child>; 1]>::try_from(children)
-            .map_err(|_| Error::invalid("a filter has one child, 'file'"))?;
-        child.size().await?;
-        Ok(Box::new(Filtered { below: Below::new(child), filter }))
+        let file =
+            children.first().ok_or_else(|| Error::invalid("a filter has a child, 'file'"))?;
+        file.size().await?;
+        Ok(Box::new(Filtered { below: Below::new(children), filter }))
     }
 }
 
@@ -179,8 +193,11 @@ impl<F: Filter> Driver for Filtered<F> {
         self.below.ask(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 })
     }
 
-    fn child_perms(&self, _: usize, _: Role, above: Perms, writable: bool) -> Perms {
-        self.filter.child_perms(above, writable)
+    fn child_perms(&self, index: usize, _: Role, above: Perms, writable: bool) -> Perms {
+        match index {
+            0 => self.filter.child_perms(above, writable),
+            _ => self.filter.other_child_perms(above),
+        }
     }
 
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
@@ -224,9 +241,11 @@ impl<F: Filter> Driver for Filtered<F> {
         self.filter.expedite(on);
     }
 
+    fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
+        self.filter.snapshot_source()
+    }
+
     fn close<'a>(&'a self) -> IoFuture<'a> {
-        // A filter holds nothing back in memory.
-        self.filter.close();
-        Box::pin(async { Ok(()) })
+        self.filter.close()
     }
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use gipfel_filters::{
-    COPY_ON_READ, DETECT_ZEROES, QUORUM, THROTTLE, copy_on_read, detect_zeroes, quorum,
+    COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM, SNAPSHOT_ACCESS, THROTTLE,
+    copy_on_read, detect_zeroes, quorum,
 };
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::{DriverDef, Reports};
@@ -11,14 +12,16 @@ use gipfel_node::{DriverDef, Reports};
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 8] = [
+const DRIVERS: [&DriverDef; 10] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &COPY_BEFORE_WRITE,
     &COPY_ON_READ,
     &QUORUM,
+    &SNAPSHOT_ACCESS,
     &THROTTLE,
 ];
 

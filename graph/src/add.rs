@@ -98,6 +98,12 @@ impl Graph {
         if node.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, format!("node '{name}' is read-only")));
         }
+        if let Some(job) = model.job_on(id) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!("node '{}' is being copied by job '{job}' and keeps its size", node.name),
+            ));
+        }
         if size < node.live.size() {
             return Err(Error::unsupported(format!(
                 "node '{name}' has {} bytes; making it smaller is not offered here",

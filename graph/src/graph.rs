@@ -269,6 +269,7 @@ impl Filter {
             children: Vec::new(),
             parents: Default::default(),
             implicit: Some(owner),
+            job: None,
             added_by_user: false,
             read_only: false,
             options: Map::new(),
@@ -315,7 +316,7 @@ pub(crate) fn client_perms(options: &BackendOptions) -> Perms {
     Perms { used, shared }
 }
 
-fn add_backend(
+pub(crate) fn add_backend(
     draft: &mut Draft<'_>,
     name: String,
     options: &BackendOptions,

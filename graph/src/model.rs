@@ -49,6 +49,15 @@ pub enum Owner {
     Node(NodeId),
 }
 
+/// What a job's filter above a node is there for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobInterest {
+    /// The job's id.
+    pub job: String,
+    /// Whether it stays with the disk (goes up over an overlay) or with the node.
+    pub binding: Binding,
+}
+
 /// A node as the model sees it.
 #[derive(Clone)]
 pub struct NodeInfo {
@@ -62,6 +71,8 @@ pub struct NodeInfo {
     pub parents: BTreeSet<EdgeId>,
     /// For implicit filters: whose.
     pub implicit: Option<Owner>,
+    /// For node-side filters that a job made: the job's.
+    pub job: Option<JobInterest>,
     /// Whether the user added it as such; others go when their last parent goes.
     pub added_by_user: bool,
     /// Whether it was opened for reading only.
@@ -216,17 +227,21 @@ impl Model {
         match self.lookup(name) {
             Some(Named::Node(id)) => match self.node(id).implicit {
                 None => Ok(id),
-                Some(owner) => Err(self.implicit_error(name, owner)),
+                Some(owner) => Err(self.implicit_error(name, id, owner)),
             },
             _ => Err(Error::new(ErrorKind::NotFound, format!("there is no node '{name}'"))),
         }
     }
 
-    fn implicit_error(&self, name: &str, owner: Owner) -> Error {
+    fn implicit_error(&self, name: &str, id: NodeId, owner: Owner) -> Error {
         let (whose, instead) = match owner {
             Owner::Node(n) => {
                 let n = &self.node(n).name;
-                (format!("node '{n}'"), n.clone())
+                let whose = match &self.node(id).job {
+                    Some(j) => format!("job '{}' on node '{n}'", j.job),
+                    None => format!("node '{n}'"),
+                };
+                (whose, n.clone())
             }
             Owner::Backend(b) => {
                 let b = self.backend(b);

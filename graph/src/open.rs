@@ -326,6 +326,7 @@ impl Graph {
             children: Vec::new(),
             parents: BTreeSet::new(),
             implicit: None,
+            job: None,
             added_by_user: by_user,
             read_only: common.read_only,
             options,

@@ -21,7 +21,9 @@ impl Graph {
         // Newest first, as the reference answers.
         let ids: Vec<_> = model.nodes().map(|(i, _)| i).collect();
         for id in ids.into_iter().rev() {
-            if model.node(id).implicit.is_none() {
+            let node = model.node(id);
+            // A job's filter shows if the user gave it a name.
+            if node.implicit.is_none() || node.job.is_some() && !node.name.starts_with('#') {
                 list.push(node_info(&model, id, flat).await?);
             }
         }

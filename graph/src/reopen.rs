@@ -230,16 +230,19 @@ fn same_copies(model: &Model, id: NodeId, option: Option<Value>) -> Result<()> {
 
 /// Puts the node-side filter of `id` in, out, or a new one in the old one's place.
 fn change_side_filter(draft: &mut Draft<'_>, id: NodeId, filter: Option<Filter>) -> Result<()> {
-    let outer = draft.outer_parents(id);
-    let old = draft.node(id).side_top;
+    // Jobs' filters stand above it, and stay.
+    let old = draft.fixed_filter(id);
+    let above = draft.node(old.unwrap_or(id)).parents.clone();
     let new = match filter {
         Some(f) => Some(f.add(draft, Owner::Node(id), Some(id))?),
         None => None,
     };
-    for e in outer {
+    for e in above {
         draft.repoint(e, Some(new.unwrap_or(id)))?;
     }
-    draft.node_mut(id).side_top = new;
+    if draft.node(id).side_top == old {
+        draft.node_mut(id).side_top = new;
+    }
     match old {
         Some(o) => draft.remove_node(o),
         None => Ok(()),

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::backend::Follow;
 use crate::filename;
 use crate::graph::Graph;
+use crate::job_filter;
 use crate::model::{BackendId, Draft, EdgeId, Model, NodeId, Owner, Parent};
 
 /// What blockdev-snapshot-sync is told.
@@ -90,6 +91,7 @@ pub(crate) fn overlay_edit(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId)
         // Only overlays stand there: they move too, for an empty overlay shows the same bytes.
         moving = outer.into_iter().filter(|e| draft.edge(*e).role == Role::Backing).collect();
     }
+    job_filter::lift(draft, disk, overlay)?;
     let (top, below) = (draft.top_of(overlay), draft.top_of(disk));
     for e in moving {
         draft.repoint(e, Some(top))?;

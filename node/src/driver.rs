@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::child::Child;
 use crate::copies::Copies;
 use crate::perm::{Perms, Role, child_perms};
+use crate::snapshot::SnapshotSource;
 use crate::status::Status;
 
 /// A request's slow way: it stays on the I/O thread where it began.
@@ -253,6 +254,11 @@ pub trait Driver: Send + Sync + 'static {
     /// `false`.
     fn expedite(&self, on: bool) {
         let _ = on;
+    }
+
+    /// The past moment that it shows beside its data, if it keeps one.
+    fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
+        None
     }
 
     /// Changes the visible size, in bytes.

@@ -16,6 +16,7 @@ pub mod node;
 pub mod perm;
 pub mod report;
 mod runner;
+pub mod snapshot;
 pub mod status;
 
 pub use check::{CheckArgs, CheckReport, Fix};
@@ -30,4 +31,5 @@ pub use driver::{
 pub use node::Node;
 pub use perm::{Binding, Perm, Perms, Role};
 pub use report::{Report, Reports};
+pub use snapshot::SnapshotSource;
 pub use status::Status;

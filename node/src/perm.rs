@@ -158,9 +158,11 @@ pub fn child_perms(role: Role, above: Perms, writable: bool) -> Perms {
             }
             Perms { used, shared }
         }
+        // Nobody reads the overlay, or only what it has written to it itself (fleecing).
+        Role::Backing if !above.used.contains(Perm::CONSISTENT_READ) => Perms::IDLE,
         // Overlays rely on the bytes below: nobody may change what is read there.
         Role::Backing => Perms {
-            used: above.used & Perm::CONSISTENT_READ,
+            used: Perm::CONSISTENT_READ,
             shared: Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED,
         },
         // What reaches one copy reaches all of them, and nobody else may make them differ.
@@ -185,6 +187,15 @@ mod tests {
         assert_eq!(p.names().collect::<Vec<_>>(), ["write", "resize"]);
         assert_eq!(p.bits().collect::<Vec<_>>(), [1, 3]);
         assert_eq!(format!("{:?}", !p), "consistent-read+write-unchanged");
+    }
+
+    #[test]
+    fn a_backing_node_may_change_while_nobody_relies_on_it() {
+        let perms = |used| child_perms(Role::Backing, Perms { used, shared: Perm::ALL }, true);
+        assert_eq!(perms(Perm::NONE), Perms::IDLE);
+        assert_eq!(perms(Perm::WRITE), Perms::IDLE);
+        let p = perms(Perm::WRITE | Perm::CONSISTENT_READ);
+        assert!(p.used == Perm::CONSISTENT_READ && !p.shared.contains(Perm::WRITE));
     }
 
     #[test]
