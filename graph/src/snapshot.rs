@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::filename;
 use crate::graph::Graph;
 use crate::model::{Draft, EdgeId, Model, NodeId, Parent};
+use crate::replace::data_of;
 
 /// What blockdev-snapshot-sync is told.
 #[derive(Clone, Debug)]
@@ -157,10 +158,11 @@ impl Graph {
         s: &SnapshotSync,
         path: &str,
     ) -> Result<()> {
-        let info = model.node(disk);
-        let size = info.live.size();
-        let base_format = info.live.def().name;
-        let base = image_of(model, disk).await;
+        let size = model.node(disk).live.size();
+        // Filters are not in files: what is named is the image whose data they show.
+        let image = data_of(model, disk);
+        let base_format = model.node(image).live.def().name;
+        let base = image_of(model, image).await;
         let mut options = json!({ "driver": s.format, "size": size });
         if let Some(b) = base {
             // The name must hold wherever the process stands later.

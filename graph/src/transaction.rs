@@ -257,6 +257,8 @@ async fn swap(swaps: Vec<Swap>) {
     for (d, s) in drained.iter_mut().zip(&swaps) {
         d.replace(s.to.clone());
     }
+    // From below upwards: whoever is let into a new filter can ask it for its child's size.
+    while drained.pop().is_some() {}
 }
 
 /// The outcomes of all futures, which run side by side.
