@@ -284,7 +284,8 @@ fn overlapping<'a>(windows: &'a [Window], s: &Sample) -> impl Iterator<Item = &'
     windows[first..].iter().take_while(move |w| w.from <= end)
 }
 
-/// Prints the figures, flushes by themselves since they wait for the storage; gives the worst pause.
+/// Prints the figures, flushes by themselves since they wait for the storage; gives the longest
+/// pause.
 fn figures(windows: &[Window], loads: &[Loaded]) -> Duration {
     let [mut flushes, mut outside, mut idle, mut during, mut beside] = [const { Vec::new() }; 5];
     let mut worst = (Duration::ZERO, "none");
