@@ -60,11 +60,10 @@ impl Graph {
         let model = self.state.lock().await;
         let node_ids: Vec<_> = model.nodes().map(|(i, _)| i).collect();
         let backend_ids: Vec<_> = model.backends().map(|(i, _)| i).collect();
+        // Both lists ascend.
         let number = |p: Parent| match p {
-            Parent::Node(n) => node_ids.iter().position(|x| *x == n).unwrap_or(0) + 1,
-            Parent::Backend(b) => {
-                node_ids.len() + backend_ids.iter().position(|x| *x == b).unwrap_or(0) + 1
-            }
+            Parent::Node(n) => node_ids.binary_search(&n).unwrap_or(0) + 1,
+            Parent::Backend(b) => node_ids.len() + backend_ids.binary_search(&b).unwrap_or(0) + 1,
         };
         let nodes = model.nodes().map(|(i, n)| {
             json!({ "id": number(Parent::Node(i)), "type": "block-driver", "name": n.name })

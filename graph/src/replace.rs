@@ -95,7 +95,7 @@ fn find_edge(model: &Model, name: &str) -> Result<EdgeId> {
 }
 
 /// The node whose data `n` shows, filters looked through.
-fn data_of(model: &Model, n: NodeId) -> NodeId {
+pub(crate) fn data_of(model: &Model, n: NodeId) -> NodeId {
     let mut at = n;
     loop {
         let info = model.node(at);

@@ -12,6 +12,7 @@ use crate::filename;
 use crate::graph::Graph;
 use crate::job_filter;
 use crate::model::{BackendId, Draft, EdgeId, Model, NodeId, Owner, Parent};
+use crate::replace::data_of;
 
 /// What blockdev-snapshot-sync is told.
 #[derive(Clone, Debug)]
@@ -165,10 +166,11 @@ impl Graph {
         s: &SnapshotSync,
         path: &str,
     ) -> Result<()> {
-        let info = model.node(disk);
-        let size = info.live.size();
-        let base_format = info.live.def().name;
-        let base = image_of(model, disk).await;
+        let size = model.node(disk).live.size();
+        // Filters are not in files: what is named is the image whose data they show.
+        let image = data_of(model, disk);
+        let base_format = model.node(image).live.def().name;
+        let base = image_of(model, image).await;
         let mut options = json!({ "driver": s.format, "size": size });
         if let Some(b) = base {
             // The name must hold wherever the process stands later.

@@ -149,25 +149,25 @@ async fn keep(edge: &Child, part: ByteRange, wanted: ByteRange, buf: &Buf) -> Re
 /// For how many of the first bytes of `range` a node is known, without waiting, to hold the bytes
 /// itself; 0 if it must be asked.
 fn own_bytes(node: &Node, range: ByteRange) -> u64 {
+    let role = |i: usize| node.def().children[i].role;
+    let children = node.driver().children();
+    // A filter holds what its child holds. It is not asked for a mapping: a copy-on-read would ask
+    // all that lies below it, and of several, each would do so twice.
+    if let Some(i) = (0..children.len()).find(|i| role(*i) == Role::Filtered) {
+        let entered = children[i].try_enter();
+        return entered.as_ref().and_then(|e| e.as_ref()).map_or(0, |n| own_bytes(n, range));
+    }
     if range.end() > node.size() {
         return 0;
     }
     match node.driver().map(Access::Read, range) {
         Mapping::File { len, .. } | Mapping::Zero { len } => len,
         Mapping::Work { .. } => 0,
-        Mapping::Child { child, offset, len, pin } => {
-            let children = node.driver().children();
-            let at = children.iter().position(|c| std::ptr::eq(&**c, child));
-            let own = match at.map(|i| node.def().children[i].role) {
+        Mapping::Child { child, len, .. } => {
+            match children.iter().position(|c| std::ptr::eq(&**c, child)).map(role) {
                 Some(Role::Image | Role::Data) => len,
-                Some(Role::Filtered) => match child.try_enter().as_ref().and_then(|e| e.as_ref()) {
-                    Some(next) => own_bytes(next, ByteRange::new(offset, len)),
-                    None => 0,
-                },
-                Some(Role::Backing | Role::Copy) | None => 0,
-            };
-            drop(pin);
-            own
+                _ => 0,
+            }
         }
     }
 }

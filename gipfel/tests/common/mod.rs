@@ -2,6 +2,8 @@
 //! all the time, and how long tests run.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod load;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
