@@ -5,31 +5,53 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
+use gipfel_node::perm::child_perms;
 use gipfel_node::{
-    Ability, Access, Binding, Child, ChildSpec, Driver, DriverInfo, IoFuture, Limits, Mapping,
-    Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+    Ability, Access, Binding, Child, ChildSpec, DebugEvent, Debugger, Driver, DriverInfo, IoFuture,
+    Limits, Mapping, Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
-/// The one child of every filter.
+/// The one child of most filters.
 pub(crate) const FILE: &[ChildSpec] =
     &[ChildSpec { name: "file", role: Role::Filtered, binding: Binding::Position, required: true }];
 
 /// What a filter stands on.
 pub(crate) struct Below {
-    children: [Arc<Child>; 1],
+    /// The filtered child first.
+    children: Vec<Arc<Child>>,
     /// Size when it was last seen, for the moments in which the child is being changed.
     seen: AtomicU64,
 }
 
 impl Below {
-    fn new(child: Arc<Child>, size: u64) -> Below {
-        Below { children: [child], seen: AtomicU64::new(size) }
+    fn new(children: Vec<Arc<Child>>, size: u64) -> Below {
+        Below { children, seen: AtomicU64::new(size) }
     }
 
     /// The edge to the filtered child.
     pub(crate) fn child(&self) -> &Child {
         &self.children[0]
+    }
+
+    /// The edge to the other child of a filter that has two.
+    pub(crate) fn other(&self) -> &Child {
+        &self.children[1]
+    }
+
+    /// Flushes the filtered child.
+    pub(crate) async fn flush(&self) -> Result<()> {
+        self.child().event(DebugEvent::FlushToOs).await;
+        self.child().event(DebugEvent::FlushToDisk).await;
+        self.child().flush().await
+    }
+
+    /// Changes the size of the node below `child`, in bytes.
+    pub(crate) async fn resize(&self, child: &Child, size: u64) -> Result<()> {
+        let node = child.node().await.ok_or_else(|| {
+            Error::new(ErrorKind::NoMedium, format!("'{}' is empty", child.label()))
+        })?;
+        node.driver().resize(size).await
     }
 
     /// The mapping of a range that the filter has nothing to do with.
@@ -38,7 +60,7 @@ impl Below {
     }
 
     /// What the child's driver says, while the edge is not being changed.
-    fn ask<T>(&self, f: impl FnOnce(&dyn Driver) -> T) -> Option<T> {
+    pub(crate) fn ask<T>(&self, f: impl FnOnce(&dyn Driver) -> T) -> Option<T> {
         let entered = self.child().try_enter()?;
         entered.as_ref().map(|n| f(n.driver()))
     }
@@ -88,10 +110,40 @@ pub(crate) trait Filter: Send + Sync + 'static {
         Box::pin(below.child().discard(range))
     }
 
-    /// As [`Driver::child_perms`].
+    /// As [`Driver::flush`].
+    fn flush<'a>(&'a self, below: &'a Below) -> IoFuture<'a> {
+        Box::pin(below.flush())
+    }
+
+    /// As [`Driver::status`].
+    fn status<'a>(&'a self, below: &'a Below, range: ByteRange) -> IoFuture<'a, Status> {
+        Box::pin(below.child().status(range))
+    }
+
+    /// As [`Driver::limits`], with what the child prefers.
+    fn limits(&self, below: Limits) -> Limits {
+        below
+    }
+
+    /// As [`Driver::resize`].
+    fn resize<'a>(&'a self, below: &'a Below, size: u64) -> IoFuture<'a> {
+        Box::pin(below.resize(below.child(), size))
+    }
+
+    /// As [`Driver::child_perms`], for the filtered child.
     fn child_perms(&self, above: Perms, writable: bool) -> Perms {
         let _ = writable;
         above
+    }
+
+    /// As [`Driver::child_perms`], for the other child of a filter that has two.
+    fn other_perms(&self, role: Role, above: Perms, writable: bool) -> Perms {
+        child_perms(role, above, writable)
+    }
+
+    /// As [`Driver::debugger`].
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        None
     }
 
     /// As [`Driver::expedite`].
@@ -102,8 +154,12 @@ pub(crate) trait Filter: Send + Sync + 'static {
     /// Fails where options of a reopen are not those in force.
     fn same_options(&self, options: Value) -> Result<()>;
 
-    /// The node goes; no request follows.
-    fn close(&self) {}
+    /// As [`Driver::close`]: the node goes, no request follows.
+    fn close<'a>(&'a self, below: &'a Below) -> IoFuture<'a> {
+        // Most filters hold nothing back in memory.
+        let _ = below;
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// A filter as a driver.
@@ -115,15 +171,14 @@ pub(crate) struct Filtered<F> {
 impl<F: Filter> Filtered<F> {
     /// An implicit filter over `child`, which may be empty.
     pub(crate) fn implicit(child: Arc<Child>, filter: F) -> Box<dyn Driver> {
-        Box::new(Filtered { below: Below::new(child, 0), filter })
+        Box::new(Filtered { below: Below::new(vec![child], 0), filter })
     }
 
-    /// A filter over the one child that it was opened with.
+    /// A filter over the children that it was opened with, the filtered one first.
     pub(crate) async fn open(children: Vec<Arc<Child>>, filter: F) -> Result<Box<dyn Driver>> {
-        let [child] = <[Arc<Child>; 1]>::try_from(children)
-            .map_err(|_| Error::invalid("a filter has one child, 'file'"))?;
-        let size = child.size().await?;
-        Ok(Box::new(Filtered { below: Below::new(child, size), filter }))
+        let filtered = children.first().ok_or_else(|| Error::invalid("a filter has a child"))?;
+        let size = filtered.size().await?;
+        Ok(Box::new(Filtered { below: Below::new(children, size), filter }))
     }
 }
 
@@ -164,11 +219,11 @@ impl<F: Filter> Driver for Filtered<F> {
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
-        Box::pin(self.below.child().flush())
+        self.filter.flush(&self.below)
     }
 
     fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
-        Box::pin(self.below.child().status(range))
+        self.filter.status(&self.below, range)
     }
 
     fn grows(&self) -> bool {
@@ -184,21 +239,23 @@ impl<F: Filter> Driver for Filtered<F> {
     }
 
     fn limits(&self) -> Limits {
-        self.below.ask(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 })
+        let below = self.below.ask(|d| d.limits());
+        self.filter.limits(below.unwrap_or(Limits { align: 1, preferred: 4096 }))
     }
 
-    fn child_perms(&self, _: usize, _: Role, above: Perms, writable: bool) -> Perms {
-        self.filter.child_perms(above, writable)
+    fn child_perms(&self, index: usize, role: Role, above: Perms, writable: bool) -> Perms {
+        match index {
+            0 => self.filter.child_perms(above, writable),
+            _ => self.filter.other_perms(role, above, writable),
+        }
+    }
+
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        self.filter.debugger()
     }
 
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
-        Box::pin(async move {
-            let child = self.below.child();
-            let node = child.node().await.ok_or_else(|| {
-                Error::new(ErrorKind::NoMedium, format!("'{}' is empty", child.label()))
-            })?;
-            node.driver().resize(size).await
-        })
+        self.filter.resize(&self.below, size)
     }
 
     fn reopen<'a>(&'a self, mut options: Value, _: bool) -> IoFuture<'a, Box<dyn Reopen>> {
@@ -233,8 +290,6 @@ impl<F: Filter> Driver for Filtered<F> {
     }
 
     fn close<'a>(&'a self) -> IoFuture<'a> {
-        // A filter holds nothing back in memory.
-        self.filter.close();
-        Box::pin(async { Ok(()) })
+        self.filter.close(&self.below)
     }
 }

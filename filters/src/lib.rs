@@ -1,10 +1,13 @@
-//! Filter drivers: throttle, copy-on-read, detect-zeroes.
+//! Filter drivers: throttle, copy-on-read, detect-zeroes; blkdebug, blkverify, blklogwrites.
 //!
-//! A filter shows exactly the data of its one child, `file`, and does something beside. Each is
+//! A filter shows exactly the data of one child, mostly `file`, and does something beside. Each is
 //! made by the graph for an option (an implicit filter) or, where the QMP reference has a driver
 //! of that name, by `blockdev-add`. What a filter does not change goes straight through: see
 //! `filter`.
 
+pub mod blkdebug;
+pub mod blklogwrites;
+pub mod blkverify;
 pub mod copy_on_read;
 pub mod detect_zeroes;
 mod filter;
@@ -12,6 +15,9 @@ mod filter;
 mod testing;
 pub mod throttle;
 
+pub use blkdebug::BLKDEBUG;
+pub use blklogwrites::BLKLOGWRITES;
+pub use blkverify::BLKVERIFY;
 pub use copy_on_read::COPY_ON_READ;
 pub use detect_zeroes::DETECT_ZEROES;
 pub use throttle::{Groups, Limits, THROTTLE, ThrottleGroup};

@@ -1,18 +1,24 @@
 //! The concrete drivers: the one place where they are named together.
 
-use gipfel_filters::{COPY_ON_READ, DETECT_ZEROES, THROTTLE, copy_on_read, detect_zeroes};
+use gipfel_filters::{
+    BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_ON_READ, DETECT_ZEROES, THROTTLE, copy_on_read,
+    detect_zeroes,
+};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::DriverDef;
 
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 7] = [
+const DRIVERS: [&DriverDef; 10] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &BLKDEBUG,
+    &BLKLOGWRITES,
+    &BLKVERIFY,
     &COPY_ON_READ,
     &THROTTLE,
 ];

@@ -9,6 +9,7 @@ use gipfel_io::{Buf, Entered, EpochPin, File};
 use serde_json::Value;
 
 use crate::child::Child;
+use crate::debug::Debugger;
 use crate::perm::{Perms, Role, child_perms};
 use crate::status::Status;
 
@@ -239,6 +240,12 @@ pub trait Driver: Send + Sync + 'static {
     /// `false`.
     fn expedite(&self, on: bool) {
         let _ = on;
+    }
+
+    /// Who hears of events in the nodes above, if this driver wants to. It answers no request by a
+    /// mapping, so that events of mapped requests reach it before them.
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        None
     }
 
     /// Changes the visible size, in bytes.

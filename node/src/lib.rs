@@ -9,6 +9,7 @@
 
 pub mod check;
 pub mod child;
+pub mod debug;
 pub mod def;
 pub mod driver;
 pub mod node;
@@ -19,6 +20,7 @@ pub mod status;
 
 pub use check::{CheckArgs, CheckReport, Fix};
 pub use child::Child;
+pub use debug::{DebugEvent, Debugger, Held};
 pub use def::{
     ChildSpec, Common, CreateArgs, Discard, DriverDef, Implicit, Kind, OpenArgs, Opened,
 };

@@ -222,7 +222,8 @@ impl Filter for Throttle {
         )))
     }
 
-    fn close(&self) {
+    fn close<'a>(&'a self, _: &'a Below) -> IoFuture<'a> {
         self.member.leave();
+        Box::pin(async { Ok(()) })
     }
 }
