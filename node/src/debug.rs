@@ -137,7 +137,7 @@ events! {
     /// Space for clusters is taken at the end of the file.
     ClusterAllocSpace = "cluster_alloc_space",
     /// The listener has been opened.
-    None = "none",
+    Created = "none",
 }
 
 /// A wait that ends when a request may go on.

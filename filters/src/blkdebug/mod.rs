@@ -84,7 +84,7 @@ async fn open(args: OpenArgs) -> Result<Opened> {
     injects.extend(options.inject_error);
     changes.extend(options.set_state);
     let mut rules = Rules::new(&injects, &changes)?;
-    rules.event(DebugEvent::None);
+    rules.event(DebugEvent::Created);
     let filter = Blkdebug {
         given,
         bounds,

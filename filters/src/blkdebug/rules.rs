@@ -1,8 +1,8 @@
 //! Which requests fail: rules, the state they depend on, and what is active of them. Pure state.
 //!
 //! An event looks at the rules for it in their order. Where at least one of them injects errors in
-//! the present state, those take the place of all that were active; the state changes after that.
-//! A request fails by the first active rule that means it.
+//! the present state, those take the place of all that were active; after that the first that is
+//! for this state changes it. A request fails by the first active rule that means it.
 
 use gipfel_base::{ByteRange, Error, Result};
 use gipfel_node::DebugEvent;
@@ -193,7 +193,7 @@ impl Rules {
         if !active.is_empty() {
             self.active = active;
         }
-        for c in self.changes.iter().filter(|c| counts(c.event, c.state)) {
+        if let Some(c) = self.changes.iter().find(|c| counts(c.event, c.state)) {
             self.state = c.new_state;
         }
     }
