@@ -139,8 +139,8 @@ mod tests {
 
     #[test]
     fn rules_are_read() {
-        let text = "# rules\n[inject-error]\nevent = \"read_aio\"\nerrno = \"0x1c\"\nonce=\"on\"\n\n\
-                    [set-state \"x\"]\n event = \"write_aio\"\n state = \"1\"\n new_state = \"2\"\n";
+        let text = "# a\n[inject-error]\nevent = \"read_aio\"\nerrno = \"0x1c\"\nonce=\"on\"\n\n\
+                    [set-state \"x\"]\nevent = \"write_aio\"\n state = \"1\"\n new_state = \"2\"\n";
         let c = parse("c", text).unwrap();
         assert_eq!((c.injects.len(), c.changes.len()), (1, 1));
         assert!(format!("{:?}", c.injects).contains("errno: Some(28)"));
