@@ -4,18 +4,20 @@ use std::sync::Arc;
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
+use gipfel_node::perm::child_perms;
 use gipfel_node::{
-    Ability, Access, Binding, Child, ChildSpec, Driver, DriverInfo, IoFuture, Limits, Mapping,
-    Perms, Reopen, Role, SnapshotSource, Status, WriteFlags, ZeroFlags,
+    Ability, Access, Binding, Child, ChildSpec, DebugEvent, Debugger, Driver, DriverInfo, IoFuture,
+    Limits, Mapping, Perms, Reopen, Role, SnapshotSource, Status, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
-/// The child of every filter, and of most the only one.
+/// The one child of most filters.
 pub(crate) const FILE: &[ChildSpec] =
     &[ChildSpec { name: "file", role: Role::Filtered, binding: Binding::Position, required: true }];
 
 /// What a filter stands on.
 pub(crate) struct Below {
+    /// The filtered child first.
     children: Vec<Arc<Child>>,
 }
 
@@ -29,13 +31,33 @@ impl Below {
         &self.children[0]
     }
 
+    /// The edge to the other child of a filter that has two.
+    pub(crate) fn other(&self) -> &Child {
+        &self.children[1]
+    }
+
+    /// Flushes the filtered child.
+    pub(crate) async fn flush(&self) -> Result<()> {
+        self.child().event(DebugEvent::FlushToOs).await;
+        self.child().event(DebugEvent::FlushToDisk).await;
+        self.child().flush().await
+    }
+
+    /// Changes the size of the node below `child`, in bytes.
+    pub(crate) async fn resize(&self, child: &Child, size: u64) -> Result<()> {
+        let node = child.node().await.ok_or_else(|| {
+            Error::new(ErrorKind::NoMedium, format!("'{}' is empty", child.label()))
+        })?;
+        node.driver().resize(size).await
+    }
+
     /// The mapping of a range that the filter has nothing to do with.
     pub(crate) fn straight(&self, range: ByteRange) -> Mapping<'_> {
         Mapping::Child { child: self.child(), offset: range.start(), len: range.len(), pin: None }
     }
 
     /// What the child's driver says, while the edge is not being changed.
-    fn ask<T>(&self, f: impl FnOnce(&dyn Driver) -> T) -> Option<T> {
+    pub(crate) fn ask<T>(&self, f: impl FnOnce(&dyn Driver) -> T) -> Option<T> {
         let entered = self.child().try_enter()?;
         entered.as_ref().map(|n| f(n.driver()))
     }
@@ -80,16 +102,40 @@ pub(crate) trait Filter: Send + Sync + 'static {
         Box::pin(below.child().discard(range))
     }
 
-    /// As [`Driver::child_perms`].
+    /// As [`Driver::flush`].
+    fn flush<'a>(&'a self, below: &'a Below) -> IoFuture<'a> {
+        Box::pin(below.flush())
+    }
+
+    /// As [`Driver::status`].
+    fn status<'a>(&'a self, below: &'a Below, range: ByteRange) -> IoFuture<'a, Status> {
+        Box::pin(below.child().status(range))
+    }
+
+    /// As [`Driver::limits`], with what the child prefers.
+    fn limits(&self, below: Limits) -> Limits {
+        below
+    }
+
+    /// As [`Driver::resize`].
+    fn resize<'a>(&'a self, below: &'a Below, size: u64) -> IoFuture<'a> {
+        Box::pin(below.resize(below.child(), size))
+    }
+
+    /// As [`Driver::child_perms`], for the filtered child.
     fn child_perms(&self, above: Perms, writable: bool) -> Perms {
         let _ = writable;
         above
     }
 
-    /// As [`Driver::child_perms`], for a child beside `file`.
-    fn other_child_perms(&self, above: Perms) -> Perms {
-        let _ = above;
-        Perms::IDLE
+    /// As [`Driver::child_perms`], for the other child of a filter that has two.
+    fn other_perms(&self, role: Role, above: Perms, writable: bool) -> Perms {
+        child_perms(role, above, writable)
+    }
+
+    /// As [`Driver::debugger`].
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        None
     }
 
     /// As [`Driver::expedite`].
@@ -105,9 +151,10 @@ pub(crate) trait Filter: Send + Sync + 'static {
     /// Fails where options of a reopen are not those in force.
     fn same_options(&self, options: Value) -> Result<()>;
 
-    /// The node goes; no request follows.
-    fn close<'a>(&'a self) -> IoFuture<'a> {
-        // A filter holds nothing back in memory.
+    /// As [`Driver::close`]: the node goes, no request follows.
+    fn close<'a>(&'a self, below: &'a Below) -> IoFuture<'a> {
+        // Most filters hold nothing back in memory.
+        let _ = below;
         Box::pin(async { Ok(()) })
     }
 }
@@ -124,11 +171,10 @@ impl<F: Filter> Filtered<F> {
         Box::new(Filtered { below: Below::new(vec![child]), filter })
     }
 
-    /// A filter over the children that it was opened with, `file` being the first.
+    /// A filter over the children that it was opened with, the filtered one first.
     pub(crate) async fn open(children: Vec<Arc<Child>>, filter: F) -> Result<Box<dyn Driver>> {
-        let file =
-            children.first().ok_or_else(|| Error::invalid("a filter has a child, 'file'"))?;
-        file.size().await?;
+        let filtered = children.first().ok_or_else(|| Error::invalid("a filter has a child"))?;
+        filtered.size().await?;
         Ok(Box::new(Filtered { below: Below::new(children), filter }))
     }
 }
@@ -170,11 +216,11 @@ impl<F: Filter> Driver for Filtered<F> {
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
-        Box::pin(self.below.child().flush())
+        self.filter.flush(&self.below)
     }
 
     fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
-        Box::pin(self.below.child().status(range))
+        self.filter.status(&self.below, range)
     }
 
     fn grows(&self) -> bool {
@@ -190,24 +236,23 @@ impl<F: Filter> Driver for Filtered<F> {
     }
 
     fn limits(&self) -> Limits {
-        self.below.ask(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 })
+        let below = self.below.ask(|d| d.limits());
+        self.filter.limits(below.unwrap_or(Limits { align: 1, preferred: 4096 }))
     }
 
-    fn child_perms(&self, index: usize, _: Role, above: Perms, writable: bool) -> Perms {
+    fn child_perms(&self, index: usize, role: Role, above: Perms, writable: bool) -> Perms {
         match index {
             0 => self.filter.child_perms(above, writable),
-            _ => self.filter.other_child_perms(above),
+            _ => self.filter.other_perms(role, above, writable),
         }
     }
 
+    fn debugger(&self) -> Option<&dyn Debugger> {
+        self.filter.debugger()
+    }
+
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
-        Box::pin(async move {
-            let child = self.below.child();
-            let node = child.node().await.ok_or_else(|| {
-                Error::new(ErrorKind::NoMedium, format!("'{}' is empty", child.label()))
-            })?;
-            node.driver().resize(size).await
-        })
+        self.filter.resize(&self.below, size)
     }
 
     fn reopen<'a>(&'a self, mut options: Value, _: bool) -> IoFuture<'a, Box<dyn Reopen>> {
@@ -246,6 +291,6 @@ impl<F: Filter> Driver for Filtered<F> {
     }
 
     fn close<'a>(&'a self) -> IoFuture<'a> {
-        self.filter.close()
+        self.filter.close(&self.below)
     }
 }

@@ -53,20 +53,21 @@ pub struct Overlay {
     pub seen: Arc<Seen>,
 }
 
-static OVERLAY: DriverDef = DriverDef {
-    name: "overlay",
-    kind: Kind::Format,
-    children: &[ChildSpec {
+static OVERLAY: DriverDef = unopened(
+    "overlay",
+    Kind::Format,
+    &[ChildSpec {
         name: "backing",
         role: Role::Backing,
         binding: Binding::Content,
         required: false,
     }],
-    open: refuse,
-    create: None,
-    probe: None,
-    check: None,
-};
+);
+
+/// A driver that cannot be opened by name.
+pub const fn unopened(name: &'static str, kind: Kind, children: &'static [ChildSpec]) -> DriverDef {
+    DriverDef { name, kind, children, open: refuse, create: None, probe: None, check: None }
+}
 
 fn refuse(_: OpenArgs) -> IoFuture<'static, Opened> {
     Box::pin(async { Err(Error::unsupported("for tests")) })
@@ -207,5 +208,42 @@ impl Driver for Overlay {
     fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
         let cluster_size = Some(CLUSTER as u32);
         Box::pin(async move { Ok(DriverInfo { cluster_size, ..DriverInfo::default() }) })
+    }
+}
+
+/// Plain bytes that grow as they are written.
+#[derive(Default)]
+pub struct Bytes(Mutex<Vec<u8>>);
+
+impl Driver for Bytes {
+    fn size(&self) -> u64 {
+        self.0.lock().unwrap().len() as u64
+    }
+
+    fn grows(&self) -> bool {
+        true
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a> {
+        let at = offset as usize;
+        buf.copy_from(0, &self.0.lock().unwrap()[at..at + buf.len()]);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn write<'a>(&'a self, offset: u64, buf: Buf, _: WriteFlags) -> IoFuture<'a> {
+        let mut all = self.0.lock().unwrap();
+        let (at, end) = (offset as usize, offset as usize + buf.len());
+        let len = all.len().max(end);
+        all.resize(len, 0);
+        buf.copy_to(0, &mut all[at..end]);
+        Box::pin(async { Ok(()) })
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {
+        Box::pin(async move { Ok(Status::data(range.len(), None)) })
     }
 }

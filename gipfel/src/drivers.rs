@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use gipfel_filters::{
-    COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM, SNAPSHOT_ACCESS, THROTTLE,
-    copy_on_read, detect_zeroes, quorum,
+    BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
+    SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
 };
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::{DriverDef, Reports};
@@ -12,12 +12,15 @@ use gipfel_node::{DriverDef, Reports};
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 10] = [
+const DRIVERS: [&DriverDef; 13] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &BLKDEBUG,
+    &BLKLOGWRITES,
+    &BLKVERIFY,
     &COPY_BEFORE_WRITE,
     &COPY_ON_READ,
     &QUORUM,

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::child::Child;
 use crate::copies::Copies;
+use crate::debug::Debugger;
 use crate::perm::{Perms, Role, child_perms};
 use crate::snapshot::SnapshotSource;
 use crate::status::Status;
@@ -258,6 +259,12 @@ pub trait Driver: Send + Sync + 'static {
 
     /// The past moment that it shows beside its data, if it keeps one.
     fn snapshot_source(&self) -> Option<&dyn SnapshotSource> {
+        None
+    }
+
+    /// Who hears of events in the nodes above, if this driver wants to. It answers no request by a
+    /// mapping, so that events of mapped requests reach it before them.
+    fn debugger(&self) -> Option<&dyn Debugger> {
         None
     }
 

@@ -10,6 +10,7 @@
 pub mod check;
 pub mod child;
 pub mod copies;
+pub mod debug;
 pub mod def;
 pub mod driver;
 pub mod node;
@@ -22,6 +23,7 @@ pub mod status;
 pub use check::{CheckArgs, CheckReport, Fix};
 pub use child::Child;
 pub use copies::{Copies, CopySet};
+pub use debug::{DebugEvent, Debugger, Held};
 pub use def::{
     ChildSpec, Common, CreateArgs, Discard, DriverDef, Implicit, Kind, OpenArgs, Opened,
 };

@@ -3,6 +3,9 @@
 //! Each level asks the driver where the bytes lie and follows. The first levels are written out
 //! as functions of their own, so that the future of a plain request has a fixed size and nothing
 //! is allocated; deeper graphs and split requests continue in a boxed future.
+//!
+//! A function gets the node whose mapping led to it: a debugger below hears of that (see
+//! [`crate::debug`]).
 
 use std::sync::Arc;
 
@@ -11,6 +14,7 @@ use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 
 use crate::child::Child;
+use crate::debug::{self, DebugEvent};
 use crate::driver::{Access, IoFuture, Mapping, WriteFlags, ZeroFlags};
 use crate::node::Node;
 use crate::perm::Role;
@@ -23,7 +27,7 @@ const ZERO_BUFFER: u64 = 1 << 20;
 
 macro_rules! level {
     ($read:ident -> $next_read:ident, $write:ident -> $next_write:ident) => {
-        async fn $read(child: &Child, offset: u64, buf: Buf) -> Result<()> {
+        async fn $read(child: &Child, offset: u64, buf: Buf, above: Option<&Node>) -> Result<()> {
             let entered = child.enter().await;
             let node = child.need(&entered)?;
             let range = node.check(offset, buf.len() as u64, false)?;
@@ -41,7 +45,7 @@ macro_rules! level {
                     r
                 }
                 Mapping::Child { child, offset, pin, .. } => {
-                    let r = $next_read(child, offset, buf).await;
+                    let r = $next_read(child, offset, buf, Some(node)).await;
                     drop(pin);
                     r
                 }
@@ -49,11 +53,22 @@ macro_rules! level {
                     buf.fill(0);
                     Ok(())
                 }
-                Mapping::Work { .. } => node.driver().read(offset, buf).await,
+                Mapping::Work { .. } => {
+                    if let Some(held) = debug::mapped(above, child, node, DebugEvent::ReadAio) {
+                        held.await;
+                    }
+                    node.driver().read(offset, buf).await
+                }
             }
         }
 
-        async fn $write(child: &Child, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
+        async fn $write(
+            child: &Child,
+            offset: u64,
+            buf: Buf,
+            flags: WriteFlags,
+            above: Option<&Node>,
+        ) -> Result<()> {
             let entered = child.enter().await;
             let node = child.need(&entered)?;
             let range = node.check(offset, buf.len() as u64, true)?;
@@ -71,11 +86,14 @@ macro_rules! level {
                     r
                 }
                 Mapping::Child { child, offset, pin, .. } => {
-                    let r = $next_write(child, offset, buf, flags).await;
+                    let r = $next_write(child, offset, buf, flags, Some(node)).await;
                     drop(pin);
                     r
                 }
                 Mapping::Zero { .. } | Mapping::Work { .. } => {
+                    if let Some(held) = debug::mapped(above, child, node, DebugEvent::WriteAio) {
+                        held.await;
+                    }
                     node.driver().write(offset, buf, flags).await
                 }
             }
@@ -88,12 +106,23 @@ level!(read_1 -> read_2, write_1 -> write_2);
 level!(read_2 -> read_3, write_2 -> write_3);
 level!(read_3 -> read_boxed, write_3 -> write_boxed);
 
-fn read_boxed<'a>(child: &'a Child, offset: u64, buf: Buf) -> IoFuture<'a> {
-    Box::pin(read_0(child, offset, buf))
+fn read_boxed<'a>(
+    child: &'a Child,
+    offset: u64,
+    buf: Buf,
+    above: Option<&'a Node>,
+) -> IoFuture<'a> {
+    Box::pin(read_0(child, offset, buf, above))
 }
 
-fn write_boxed<'a>(child: &'a Child, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
-    Box::pin(write_0(child, offset, buf, flags))
+fn write_boxed<'a>(
+    child: &'a Child,
+    offset: u64,
+    buf: Buf,
+    flags: WriteFlags,
+    above: Option<&'a Node>,
+) -> IoFuture<'a> {
+    Box::pin(write_0(child, offset, buf, flags, above))
 }
 
 fn in_node(node: &Node, e: Error) -> Error {
@@ -101,11 +130,11 @@ fn in_node(node: &Node, e: Error) -> Error {
 }
 
 pub(crate) async fn read(child: &Child, offset: u64, buf: Buf) -> Result<()> {
-    read_0(child, offset, buf).await
+    read_0(child, offset, buf, None).await
 }
 
 pub(crate) async fn write(child: &Child, offset: u64, buf: Buf, flags: WriteFlags) -> Result<()> {
-    write_0(child, offset, buf, flags).await?;
+    write_0(child, offset, buf, flags, None).await?;
     if flags.fua { child.flush().await } else { Ok(()) }
 }
 
@@ -119,7 +148,7 @@ fn read_piece<'a>(node: &'a Node, m: Mapping<'a>, at: u64, buf: Buf) -> IoFuture
                 r
             }
             Mapping::Child { child, offset, pin, .. } => {
-                let r = read_0(child, offset, buf).await;
+                let r = read_0(child, offset, buf, Some(node)).await;
                 drop(pin);
                 r
             }
@@ -147,7 +176,7 @@ fn write_piece<'a>(
                 r
             }
             Mapping::Child { child, offset, pin, .. } => {
-                let r = write_0(child, offset, buf, flags).await;
+                let r = write_0(child, offset, buf, flags, Some(node)).await;
                 drop(pin);
                 r
             }
@@ -251,7 +280,7 @@ pub(crate) async fn write_zeroes(child: &Child, range: ByteRange, flags: ZeroFla
             while !left.is_empty() {
                 let part = left.take(ZERO_BUFFER);
                 let b = zeros.slice(0..part.len() as usize);
-                write_boxed(child, part.start(), b, write).await?;
+                write_boxed(child, part.start(), b, write, None).await?;
                 left = left.skip(ZERO_BUFFER);
             }
         }
@@ -291,6 +320,9 @@ fn status_at<'a>(child: &'a Child, range: ByteRange, depth: u32) -> IoFuture<'a,
         };
         if let Some(f) = filtered(node) {
             // A filter shows its child's data: it is no layer of its own.
+            if let Some(d) = node.driver().debugger() {
+                d.status(inside.start(), inside.len())?;
+            }
             return status_at(f, inside, depth).await;
         }
         let s = node.driver().status(inside).await?;

@@ -195,7 +195,7 @@ impl Filter for CopyBeforeWrite {
         }
     }
 
-    fn other_child_perms(&self, above: Perms) -> Perms {
+    fn other_perms(&self, _: Role, above: Perms, _: bool) -> Perms {
         if above.used.is_empty() {
             return Perms::IDLE;
         }
@@ -217,7 +217,7 @@ impl Filter for CopyBeforeWrite {
         ))
     }
 
-    fn close<'a>(&'a self) -> IoFuture<'a> {
+    fn close<'a>(&'a self, _: &'a Below) -> IoFuture<'a> {
         Box::pin(async {
             self.moment.end().await;
             Ok(())

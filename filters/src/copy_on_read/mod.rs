@@ -22,8 +22,8 @@ use std::sync::Arc;
 use gipfel_base::{ByteRange, Error, Result};
 use gipfel_io::{Buf, RangeLock};
 use gipfel_node::{
-    Access, Child, Driver, DriverDef, IoFuture, Kind, Mapping, Node, OpenArgs, Opened, Perm, Perms,
-    Role, WriteFlags, ZeroFlags,
+    Access, Child, DebugEvent, Driver, DriverDef, IoFuture, Kind, Mapping, Node, OpenArgs, Opened,
+    Perm, Perms, Role, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
@@ -136,6 +136,7 @@ async fn keep(edge: &Child, part: ByteRange, wanted: ByteRange, buf: &Buf) -> Re
         let at = (r.start() - part.start()) as usize;
         window(buf, wanted, r).copy_from_buf(0, &copy.slice(at..at + r.len() as usize));
     }
+    edge.event(DebugEvent::CorWrite).await;
     // Nothing is lost if this fails: it is read from below again next time.
     let _ = if copy.is_zero() {
         let flags = ZeroFlags { unchanged: true, ..ZeroFlags::default() };

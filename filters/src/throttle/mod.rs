@@ -222,7 +222,7 @@ impl Filter for Throttle {
         )))
     }
 
-    fn close<'a>(&'a self) -> IoFuture<'a> {
+    fn close<'a>(&'a self, _: &'a Below) -> IoFuture<'a> {
         self.member.leave();
         Box::pin(async { Ok(()) })
     }

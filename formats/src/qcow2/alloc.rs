@@ -3,7 +3,7 @@
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Result};
 use gipfel_io::Buf;
-use gipfel_node::WriteFlags;
+use gipfel_node::{DebugEvent, WriteFlags};
 
 use super::Qcow2;
 use super::cache::Reserve;
@@ -21,6 +21,7 @@ impl Qcow2 {
     /// Takes `n` clusters in one piece if `exact`, else one to `n`. Their refcount is one from
     /// here on, and no entry refers to them yet.
     pub(super) async fn allocate(&self, n: u64, exact: bool) -> Result<Extent> {
+        self.event(DebugEvent::ClusterAlloc).await;
         loop {
             let step = self.refcounts().allocate(&self.refcount_slices, n, exact);
             match step.map_err(|e| e.context(format!("qcow2 node '{}'", self.name)))? {
@@ -43,6 +44,8 @@ impl Qcow2 {
         }
         let host = (block * self.g.block_entries()) << self.g.cluster_bits;
         let zeros = Buf::zeroed(self.g.cluster_size() as usize);
+        self.event(DebugEvent::RefblockAlloc).await;
+        self.event(DebugEvent::RefblockAllocWrite).await;
         self.file().write(host, zeros, WriteFlags::default()).await?;
         loop {
             let mut r = self.refcounts();
@@ -64,6 +67,7 @@ impl Qcow2 {
 
     /// Takes a reference from each of `count` clusters (all, if `all`); gives those now free.
     pub(super) async fn release(&self, first: u64, count: u64, all: bool) -> Result<Vec<u64>> {
+        self.event(DebugEvent::ClusterFree).await;
         let (mut at, end) = (first, first + count);
         let mut freed = Vec::new();
         while at < end {

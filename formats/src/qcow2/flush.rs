@@ -14,7 +14,7 @@ use async_lock::Mutex;
 use gipfel_base::Result;
 use gipfel_base::sync::sync::atomic::{AtomicU64, Ordering};
 use gipfel_io::Buf;
-use gipfel_node::WriteFlags;
+use gipfel_node::{DebugEvent, WriteFlags};
 
 use super::Qcow2;
 use super::cache::Dirty;
@@ -75,10 +75,12 @@ pub(super) fn bytes(words: &[u64]) -> Buf {
 impl Qcow2 {
     /// Makes everything durable that was completed before the call.
     pub(super) async fn flush_all(&self) -> Result<()> {
+        self.event(DebugEvent::FlushToOs).await;
         let f = &self.flushing;
         if f.changes.load(Ordering::SeqCst) == f.clean.load(Ordering::SeqCst)
             && self.refcounts().pending() == 0
         {
+            self.event(DebugEvent::FlushToDisk).await;
             return self.file().flush().await;
         }
         let ticket = f.asked.fetch_add(1, Ordering::SeqCst) + 1;
@@ -108,6 +110,7 @@ impl Qcow2 {
             }
         }
         let writes = self.flushing.writes.load(Ordering::SeqCst);
+        self.event(DebugEvent::FlushToDisk).await;
         self.file().flush().await?;
         turn.writes = writes;
         self.flushing.clean.fetch_max(upto, Ordering::SeqCst);
@@ -141,20 +144,22 @@ impl Qcow2 {
             let guest = id * self.slice_reach();
             self.l2_slice_host(guest).ok().flatten()
         };
-        self.write_slices(slices, host).await?;
+        self.write_slices(slices, host, DebugEvent::L2Update).await?;
         let table = self.header().l1_offset;
         for (sector, entries) in sectors {
             let at = table + (sector * SECTOR * 8) as u64;
+            self.event(DebugEvent::L1Update).await;
             self.file().write(at, bytes(entries), WriteFlags::default()).await?;
         }
         Ok(())
     }
 
-    /// Writes slices, adjacent ones together.
+    /// Writes slices, adjacent ones together; before each write, `event` happens.
     async fn write_slices(
         &self,
         slices: &[Dirty],
         host: impl Fn(u64) -> Option<u64>,
+        event: DebugEvent,
     ) -> Result<()> {
         let mut list: Vec<(u64, &[u64])> = Vec::with_capacity(slices.len());
         for s in slices {
@@ -172,6 +177,7 @@ impl Qcow2 {
                 .take_while(|(i, s)| s.0 == start + (i * size) as u64)
                 .count();
             let words: Vec<u64> = rest[..together].iter().flat_map(|s| s.1).copied().collect();
+            self.event(event).await;
             self.file().write(*start, bytes(&words), WriteFlags::default()).await?;
             rest = &rest[together..];
         }
@@ -188,7 +194,7 @@ impl Qcow2 {
         }
         self.flushing.wrote();
         let host = |id| self.refcounts().slice_host(id);
-        self.write_slices(batch.slices(), host).await?;
+        self.write_slices(batch.slices(), host, DebugEvent::RefblockUpdate).await?;
         batch.written();
         self.flushing.wrote();
         Ok(())
@@ -209,6 +215,8 @@ impl Qcow2 {
         let offset = self.header().reftable_offset;
         for (i, host) in &entries {
             let at = offset + *i as u64 * 8;
+            self.event(DebugEvent::RefblockAllocHookup).await;
+            self.event(DebugEvent::ReftableUpdate).await;
             self.file().write(at, bytes(&[*host]), WriteFlags::default()).await?;
         }
         self.file().flush().await?;
@@ -227,6 +235,7 @@ impl Qcow2 {
 
     /// Puts the refcount table, which has become too long for its place, into a larger one.
     async fn move_refcount_table(&self) -> Result<()> {
+        self.event(DebugEvent::ReftableGrow).await;
         let mut place = Extent { first: 0, count: 0, fresh: false };
         loop {
             // The new place may need blocks of its own, and the table room for them.
@@ -245,7 +254,9 @@ impl Qcow2 {
             r.meta.extend(place.first..place.first + place.count);
             r.table.clone()
         };
+        self.event(DebugEvent::RefblockAllocWriteBlocks).await;
         self.write_refcounts().await?;
+        self.event(DebugEvent::RefblockAllocWriteTable).await;
         let buf = Buf::zeroed((place.count << bits) as usize);
         buf.copy_from_buf(0, &bytes(&table));
         self.file().write(place.first << bits, buf, WriteFlags::default()).await?;
@@ -253,6 +264,7 @@ impl Qcow2 {
         let mut fields = (place.first << bits).to_be_bytes().to_vec();
         fields.extend((place.count as u32).to_be_bytes());
         let fields = Buf::from_slice(&fields);
+        self.event(DebugEvent::RefblockAllocSwitchTable).await;
         self.file().write(REFTABLE_FIELDS, fields, WriteFlags::default()).await?;
         self.file().flush().await?;
         self.table_written(table.into_iter().enumerate());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Error, Result};
 use gipfel_io::Buf;
-use gipfel_node::{DriverInfo, Reopen, Status, WriteFlags, ZeroFlags};
+use gipfel_node::{DebugEvent, DriverInfo, Reopen, Status, WriteFlags, ZeroFlags};
 use serde_json::{Value, json};
 
 use super::flush::bytes;
@@ -143,6 +143,7 @@ impl Qcow2 {
 
     /// Puts the L1 table into a place for `entries` entries.
     async fn move_l1(&self, entries: u64) -> Result<()> {
+        self.event(DebugEvent::L1GrowAllocTable).await;
         let place = self.allocate(self.g.clusters(entries * 8), true).await?;
         // No entry changes while it is copied.
         let _alone = self.tables.lock(ByteRange::new(0, u64::MAX)).await;
@@ -152,10 +153,12 @@ impl Qcow2 {
         let put = async {
             let buf = Buf::zeroed((place.count << self.g.cluster_bits) as usize);
             buf.copy_from_buf(0, &bytes(&table));
+            self.event(DebugEvent::L1GrowWriteTable).await;
             self.file().write(host, buf, WriteFlags::default()).await?;
             self.file().flush().await?;
             let mut fields = (entries as u32).to_be_bytes().to_vec();
             fields.extend(host.to_be_bytes());
+            self.event(DebugEvent::L1GrowActivateTable).await;
             self.file().write(L1_FIELDS, Buf::from_slice(&fields), WriteFlags::default()).await?;
             self.file().flush().await
         };

@@ -2,6 +2,7 @@
 
 use gipfel_base::{ByteRange, Result};
 use gipfel_io::Buf;
+use gipfel_node::DebugEvent;
 
 use super::Qcow2;
 use super::cache::Reserve;
@@ -57,6 +58,7 @@ impl Qcow2 {
                 }
             };
             let buf = Buf::new(self.l2.words() * 8);
+            self.event(DebugEvent::L2Load).await;
             self.read_file(host, buf.clone()).await?;
             let entries = words(&buf);
             let suspect = {
@@ -88,6 +90,7 @@ impl Qcow2 {
             return Ok(());
         }
         let buf = Buf::new(self.refcount_slices.words() * 8);
+        self.event(DebugEvent::RefblockLoad).await;
         self.read_file(host, buf.clone()).await?;
         loop {
             // Places are given away only while nobody searches for clusters.

@@ -139,6 +139,10 @@ impl Qcow2 {
         if range.start() >= end {
             return Mapping::Zero { len: range.len() };
         }
+        if self.watched.load(Ordering::Relaxed) {
+            // The file is told of it, not the backing image.
+            return Mapping::Work { len: range.len().min(end - range.start()) };
+        }
         Mapping::Child {
             child: self.backing(),
             offset: range.start(),

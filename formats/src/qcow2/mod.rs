@@ -38,8 +38,8 @@ use gipfel_base::sync::sync::{Mutex, MutexGuard, PoisonError};
 use gipfel_base::{ByteRange, Error};
 use gipfel_io::{Buf, Epoch, RangeLock};
 use gipfel_node::{
-    Ability, Access, Binding, Child, ChildSpec, Driver, DriverDef, DriverInfo, IoFuture, Kind,
-    Limits, Mapping, Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+    Ability, Access, Binding, Child, ChildSpec, DebugEvent, Driver, DriverDef, DriverInfo,
+    IoFuture, Kind, Limits, Mapping, Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
@@ -122,11 +122,19 @@ struct Qcow2 {
     /// Refcount slices that are being read or made.
     refcount_loads: RangeLock,
     flushing: flush::Flushing,
+    /// Somebody below listened to the last event.
+    watched: AtomicBool,
 }
 
 impl Qcow2 {
     fn file(&self) -> &Child {
         &self.children[0]
+    }
+
+    /// Tells the file that this happens: see [`gipfel_node::debug`].
+    async fn event(&self, event: DebugEvent) {
+        let heard = self.file().event(event).await;
+        self.watched.store(heard, Ordering::Relaxed);
     }
 
     fn backing(&self) -> &Child {

@@ -8,7 +8,7 @@ use gipfel_base::sync::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use gipfel_base::sync::sync::{Mutex, PoisonError};
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::{Buf, Epoch, RangeLock};
-use gipfel_node::{Child, Discard, Implicit, OpenArgs, Opened, WriteFlags};
+use gipfel_node::{Child, DebugEvent, Discard, Implicit, OpenArgs, Opened, WriteFlags};
 
 use super::cache::TableCache;
 use super::check;
@@ -70,6 +70,7 @@ async fn image(
     let caches = options.caches(g, header.size)?;
     let per_slice = (caches.refcount_slice * 8) >> g.refcount_order;
     let file_end = file.size().await?;
+    let watched = file.node().await.is_some_and(|n| n.driver().debugger().is_some());
     let Tables { l1, refcounts, damage } = Tables::read(file, &header, per_slice).await?;
     Ok(Qcow2 {
         name,
@@ -97,6 +98,7 @@ async fn image(
         l2_loads: RangeLock::new(),
         refcount_loads: RangeLock::new(),
         flushing: flush::Flushing::default(),
+        watched: AtomicBool::new(watched),
     })
 }
 
@@ -113,6 +115,7 @@ impl Tables {
         let end = file.size().await?;
         let l1 = table(file, header.l1_offset, u64::from(header.l1_size), end, "L1 table").await?;
         let entries = u64::from(header.reftable_clusters) * g.l2_entries();
+        file.event(DebugEvent::ReftableLoad).await;
         let reftable = table(file, header.reftable_offset, entries, end, "refcount table").await?;
         let mut layout = Layout { g, end, meta: HashSet::new(), damage: None };
         let reftable = layout.read(header, &l1, reftable);

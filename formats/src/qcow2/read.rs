@@ -3,6 +3,7 @@
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Result};
 use gipfel_io::Buf;
+use gipfel_node::DebugEvent;
 
 use super::Qcow2;
 use super::header::Compression;
@@ -22,7 +23,10 @@ impl Qcow2 {
             }
             let rest = buf.split_off(run.len as usize);
             match run.what {
-                What::Data { host, .. } => self.read_file(host, buf).await?,
+                What::Data { host, .. } => {
+                    self.event(DebugEvent::ReadAio).await;
+                    self.read_file(host, buf).await?;
+                }
                 What::Zero => buf.fill(0),
                 What::Unallocated => self.read_backing(left.start(), buf).await?,
                 What::Compressed { host, len } => {
@@ -60,7 +64,11 @@ impl Qcow2 {
         let end = self.backing_size().await;
         let n = end.saturating_sub(offset).min(buf.len() as u64) as usize;
         buf.slice(n..buf.len()).fill(0);
-        if n > 0 { self.backing().read(offset, buf.slice(0..n)).await } else { Ok(()) }
+        if n == 0 {
+            return Ok(());
+        }
+        self.event(DebugEvent::ReadBackingAio).await;
+        self.backing().read(offset, buf.slice(0..n)).await
     }
 
     /// The backing image's size in bytes, 0 without one.
@@ -71,6 +79,7 @@ impl Qcow2 {
     /// The cluster whose stream begins at `host` and ends within `len` bytes.
     async fn decompress(&self, host: u64, len: u64) -> Result<Buf> {
         let stream = Buf::new(len as usize);
+        self.event(DebugEvent::ReadCompressed).await;
         self.read_file(host, stream.clone()).await?;
         let mut cluster = vec![0; self.g.cluster_size() as usize];
         let bytes = stream.to_vec();

@@ -114,10 +114,12 @@ impl Refcounts {
         (block != 0).then_some(block + bytes)
     }
 
-    /// Looks for `n` free clusters (at least one of them, or all in one piece if `exact`), the
-    /// lowest first, and marks them as used.
+    /// Looks for free clusters and marks them as used: one to `n`, the lowest first, or if `exact`
+    /// all in one piece, where nothing was ever written.
     pub(super) fn allocate(&mut self, pages: &TableCache, n: u64, exact: bool) -> Result<Step> {
-        let (mut first, mut found) = (self.hint, 0);
+        // What must lie in one piece goes to the end: a search of everything may need more slices
+        // at once than the cache holds, and would begin again with each that it reads.
+        let (mut first, mut found) = (if exact { self.fresh } else { self.hint }, 0);
         while found < n {
             let at = first + found;
             let enough = found > 0 && !exact;

@@ -3,7 +3,7 @@
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Result};
 use gipfel_io::Buf;
-use gipfel_node::WriteFlags;
+use gipfel_node::{DebugEvent, WriteFlags};
 
 use super::Qcow2;
 use super::entry::{COPIED, Cluster};
@@ -63,6 +63,7 @@ impl Qcow2 {
                 Need::Entries => continue,
                 Need::InPlace { host, len } => {
                     let rest = buf.split_off(len as usize);
+                    self.event(DebugEvent::WriteAio).await;
                     self.file().write(host, buf, WriteFlags::default()).await?;
                     (left, buf) = (left.skip(len), rest);
                     continue;
@@ -161,6 +162,7 @@ impl Qcow2 {
         let tail = if fresh && self.is_zero(tail).await? { tail.take(0) } else { tail };
         if head.is_empty() && tail.is_empty() {
             let at = host + (part.start() - span.start());
+            self.event(DebugEvent::WriteAio).await;
             return self.file().write(at, buf, WriteFlags::default()).await;
         }
         let from = if head.is_empty() { part.start() } else { span.start() };
@@ -173,9 +175,13 @@ impl Qcow2 {
         window(part).copy_from_buf(0, &buf);
         for r in [head, tail] {
             if !r.is_empty() {
+                self.event(DebugEvent::CowRead).await;
                 self.read_around(r, window(r)).await?;
             }
         }
+        // One write is both: the data, and what is copied around them.
+        self.event(DebugEvent::CowWrite).await;
+        self.event(DebugEvent::WriteAio).await;
         self.file().write(host + (from - span.start()), all, WriteFlags::default()).await
     }
 
@@ -288,10 +294,12 @@ impl Qcow2 {
         let table = Buf::zeroed(size as usize);
         if let Some(host) = old {
             self.l2_slice_host(index * self.g.l1_reach())?;
+            self.event(DebugEvent::L2AllocCowRead).await;
             self.read_file(host, table.clone()).await?;
         }
         let e = self.allocate(1, false).await?;
         let host = e.first << self.g.cluster_bits;
+        self.event(DebugEvent::L2AllocWrite).await;
         if let Err(error) = self.file().write(host, table, WriteFlags::default()).await {
             self.unallocate(Extent { count: 1, ..e }).await?;
             return Err(error);

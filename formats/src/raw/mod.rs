@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_node::{
-    Ability, Access, Binding, Child, ChildSpec, CreateArgs, Driver, DriverDef, DriverInfo,
-    IoFuture, Kind, Limits, Mapping, OpenArgs, Opened, Perms, Reopen, Role, Status, WriteFlags,
-    ZeroFlags,
+    Ability, Access, Binding, Child, ChildSpec, CreateArgs, DebugEvent, Driver, DriverDef,
+    DriverInfo, IoFuture, Kind, Limits, Mapping, OpenArgs, Opened, Perms, Reopen, Role, Status,
+    WriteFlags, ZeroFlags,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -210,7 +210,11 @@ impl Driver for Raw {
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a> {
-        Box::pin(self.child().flush())
+        Box::pin(async move {
+            self.child().event(DebugEvent::FlushToOs).await;
+            self.child().event(DebugEvent::FlushToDisk).await;
+            self.child().flush().await
+        })
     }
 
     fn status<'a>(&'a self, range: ByteRange) -> IoFuture<'a, Status> {

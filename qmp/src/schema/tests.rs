@@ -123,7 +123,7 @@ fn absurd_names_are_cut_in_errors() {
     let key = "k".repeat(1 << 20);
     assert!(refusal("quit", json!({key.clone(): 1})).len() < 200);
     assert!(refusal("blockdev-add", json!({"driver": "raw", key.clone(): 1})).len() < 200);
-    // This one lists the drivers.
+    // The names of all drivers are in this one.
     assert!(refusal("blockdev-add", json!({"driver": key})).len() < 1000);
 }
 
