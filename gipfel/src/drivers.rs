@@ -1,18 +1,20 @@
 //! The concrete drivers: the one place where they are named together.
 
 use gipfel_filters::{COPY_ON_READ, DETECT_ZEROES, THROTTLE, copy_on_read, detect_zeroes};
+use gipfel_formats::{LUKS, luks};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::DriverDef;
 
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 7] = [
+const DRIVERS: [&DriverDef; 8] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &LUKS,
     &COPY_ON_READ,
     &THROTTLE,
 ];
@@ -24,8 +26,10 @@ pub fn registry(objects: &Objects) -> Registry {
         copy_on_read: (&COPY_ON_READ, |child, ()| copy_on_read::make(child)),
     };
     let (opening, making) = (objects.groups().clone(), objects.groups().clone());
+    let secrets = objects.secrets().clone();
     Registry::new(&DRIVERS, implicit, "file", "raw")
         .with_opener(THROTTLE.name, Box::new(move |args| opening.open(args)))
+        .with_opener(LUKS.name, Box::new(move |args| luks::open(args, secrets.clone())))
         .with_throttle(
             &THROTTLE,
             Box::new(move |child, group, owner| making.make(child, group, owner)),

@@ -172,12 +172,15 @@ pub(crate) async fn image_info(
     if let Some(s) = &info.specific {
         m.insert("format-specific".into(), s.clone());
     }
+    if info.encrypted {
+        m.insert("encrypted".into(), true.into());
+    }
     Ok((m, info))
 }
 
 async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
     let node = model.node(id);
-    let (image, _) = image_info(model, id).await?;
+    let (image, info) = image_info(model, id).await?;
     let mut chain = vec![id];
     while let Some(b) = chain.last().and_then(|n| child(model, *n, Role::Backing)) {
         if chain.contains(&b) {
@@ -204,7 +207,7 @@ async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
         "drv": node.live.def().name,
         "file": image["filename"],
         "ro": node.read_only,
-        "encrypted": false,
+        "encrypted": info.encrypted,
         "active": true,
         "cache": cache_value(&node.common),
         "detect_zeroes": match node.detect_zeroes {

@@ -15,6 +15,7 @@ pub mod node;
 pub mod perm;
 pub mod report;
 mod runner;
+pub mod secret;
 pub mod status;
 
 pub use check::{CheckArgs, CheckReport, Fix};
@@ -28,4 +29,5 @@ pub use driver::{
 pub use node::Node;
 pub use perm::{Binding, Perm, Perms, Role};
 pub use report::{Report, Reports};
+pub use secret::{Secret, Secrets};
 pub use status::Status;

@@ -9,6 +9,7 @@ mod drive;
 mod events;
 mod monitor;
 pub mod objects;
+mod secret;
 mod throttle;
 
 use std::cell::Cell;
