@@ -140,3 +140,77 @@ fn secrets_come_and_go_and_are_not_told() {
     q.command("object-add", from_file);
     q.command("blockdev-add", node("s"));
 }
+
+#[test]
+fn images_are_told_of_and_copied() {
+    if !tools::have("cryptsetup") || !tools::have("qemu-img") {
+        return;
+    }
+    let scratch = Scratch::new("luks-img");
+    let (path, pass) = image(&scratch);
+    let gipfel = Daemon::binary().display().to_string();
+    let secret = format!("secret,id=s,file={pass}");
+    let options = format!("driver=luks,key-secret=s,file.filename={path}");
+    let info = |tool: &str, first: &[&str], format: &str| {
+        let output = format!("--output={format}");
+        let rest = ["info", &output, "--object", &secret, "--image-opts", &options];
+        tools::run(tool, &[first, &rest].concat())
+    };
+    // The name of the image is told in another way.
+    let rest = |s: String| {
+        let lines = s.lines().filter(|l| !l.starts_with("image:")).map(str::to_owned);
+        lines.collect::<Vec<_>>()
+    };
+    let (ours, theirs) = (info(&gipfel, &["img"], "human"), info("qemu-img", &[], "human"));
+    assert_eq!(rest(ours), rest(theirs));
+    let json = |s: String| {
+        let mut v: serde_json::Value = serde_json::from_str(&s).unwrap();
+        v["filename"].take();
+        v
+    };
+    let (ours, theirs) = (info(&gipfel, &["img"], "json"), info("qemu-img", &[], "json"));
+    assert_eq!(json(ours), json(theirs));
+    let (copy, theirs) = (scratch.arg("copy.raw"), scratch.arg("theirs.raw"));
+    let convert = ["convert", "--object", &secret, "-O", "raw", "--image-opts", &options];
+    tools::run(&gipfel, &[&["img"], &convert[..], &[&copy]].concat());
+    tools::qemu_img(&[&convert[..], &[&theirs]].concat());
+    assert!(std::fs::read(copy).unwrap() == std::fs::read(theirs).unwrap());
+    let out = tools::try_run(&gipfel, &["img", "convert", "-O", "raw", &path, &pass]);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("'key-secret'"), "{said}");
+}
+
+#[test]
+fn a_plain_overlay_is_warned_of() {
+    if !tools::have("cryptsetup") {
+        return;
+    }
+    let scratch = Scratch::new("luks-overlay");
+    let (path, pass) = image(&scratch);
+    let (qmp, log) = (scratch.arg("qmp.sock"), scratch.arg("log"));
+    let chardev = format!("socket,id=c,path={qmp},server=on,wait=off");
+    let binary = Daemon::binary().display().to_string();
+    let mut args = vec!["-c", r#"exec "$0" "$@" 2>"$LOG""#, &binary, "storage-daemon"];
+    let script = args[1].replace("$LOG", &log);
+    args[1] = &script;
+    let secret = format!("secret,id=s,file={pass}");
+    args.extend(["--object", &secret, "--chardev", &chardev, "--monitor", "c"]);
+    let daemon = Daemon::start("sh", &args).wait_for(std::slice::from_ref(&qmp));
+    let mut q = Qmp::connect(&qmp).unwrap();
+    q.command(
+        "blockdev-add",
+        json!({
+            "driver": "luks", "node-name": "disk", "key-secret": "s",
+            "file": { "driver": "file", "filename": path },
+        }),
+    );
+    q.command(
+        "blockdev-snapshot-sync",
+        json!({
+            "node-name": "disk", "snapshot-file": scratch.arg("top"), "snapshot-node-name": "top",
+        }),
+    );
+    let said = std::fs::read_to_string(log).unwrap();
+    assert!(said.contains("node 'disk' is encrypted and its overlay 'top' is not"), "{said}");
+    drop(daemon);
+}

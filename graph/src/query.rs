@@ -133,6 +133,19 @@ async fn filename(model: &Model, id: NodeId, info: &DriverInfo) -> String {
     format!("json:{}", Value::Object(options))
 }
 
+/// Whether what a node itself stores lies encrypted on storage, by itself or by a node that its
+/// image lies in.
+pub(crate) async fn is_encrypted(model: &Model, id: NodeId) -> bool {
+    let mut at = Some(id);
+    while let Some(n) = at {
+        if model.node(n).live.driver().info().await.is_ok_and(|i| i.encrypted) {
+            return true;
+        }
+        at = STORAGE.iter().find_map(|r| child(model, n, *r));
+    }
+    false
+}
+
 /// ImageInfo of one node, its backing image left out.
 pub(crate) async fn image_info(
     model: &Model,
