@@ -1,7 +1,9 @@
-//! Format drivers: raw and qcow2.
+//! Format drivers: raw, qcow2 and luks.
 
+pub mod luks;
 pub mod qcow2;
 pub mod raw;
 
+pub use luks::LUKS;
 pub use qcow2::QCOW2;
 pub use raw::RAW;

@@ -6,18 +6,20 @@ use gipfel_filters::{
     BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
     SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
 };
+use gipfel_formats::{LUKS, luks};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::{DriverDef, Reports};
 
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 13] = [
+const DRIVERS: [&DriverDef; 14] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
     &gipfel_formats::RAW,
     &gipfel_formats::QCOW2,
+    &LUKS,
     &BLKDEBUG,
     &BLKLOGWRITES,
     &BLKVERIFY,
@@ -36,12 +38,14 @@ pub fn registry(objects: &Objects, reports: &Arc<Reports>) -> Registry {
     };
     let reports = reports.clone();
     let (opening, making) = (objects.groups().clone(), objects.groups().clone());
+    let secrets = objects.secrets().clone();
     Registry::new(&DRIVERS, implicit, "file", "raw")
         .with_opener(THROTTLE.name, Box::new(move |args| opening.open(args)))
         .with_opener(
             QUORUM.name,
             Box::new(move |args| quorum::open_reporting(args, reports.clone())),
         )
+        .with_opener(LUKS.name, Box::new(move |args| luks::open(args, secrets.clone())))
         .with_throttle(
             &THROTTLE,
             Box::new(move |child, group, owner| making.make(child, group, owner)),

@@ -178,7 +178,7 @@ fn mistakes_are_told() {
         (&["check", "-r", "all", "-U", &disk], "--force-share"),
         (&["check", "-T", "bogus", &disk], "unsafe"),
         (&["create", "-o", "prealocation=off", &new, "1M"], "did you mean 'preallocation'"),
-        (&["create", "--object", "secret,id=s,data=x", &new, "1M"], "not offered"),
+        (&["create", "--object", "secret,id=s", &new, "1M"], "'data' or 'file'"),
         (&["create", "-b", &disk, "-F", "raw", &new], "stand on no other image"),
         (&["create", "nbd:host:1", "1M"], "protocol 'nbd'"),
         (&["convert", &disk], "name of the new one"),

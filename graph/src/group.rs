@@ -8,7 +8,7 @@ use gipfel_base::{Error, ErrorKind, Result, ResultExt};
 use crate::graph::Graph;
 use crate::model::{Draft, Model, NodeId};
 use crate::open::Tree;
-use crate::snapshot::{SnapshotSync, overlay_edit, remove_file};
+use crate::snapshot::{SnapshotSync, overlay_edit, remove_file, warn_of_clear_data};
 
 /// One change of a transaction.
 #[derive(Clone, Debug)]
@@ -42,6 +42,17 @@ enum Ready {
     Snapshot { disk: NodeId, overlay: NodeId },
     SnapshotSync { disk: NodeId, overlay: Tree },
     Abort,
+}
+
+impl Ready {
+    /// The disk and the name of the node that is put over it.
+    fn put_over(&self, model: &Model) -> Option<(NodeId, String)> {
+        match self {
+            Ready::Snapshot { disk, overlay } => Some((*disk, model.node(*overlay).name.clone())),
+            Ready::SnapshotSync { disk, overlay } => Some((*disk, overlay.name().to_owned())),
+            Ready::Abort => None,
+        }
+    }
 }
 
 impl Graph {
@@ -84,11 +95,15 @@ impl Graph {
             let r = self.get_ready(model, a, made).await.at(|| at.clone())?;
             ready.push((at, r));
         }
+        let overlays: Vec<_> = ready.iter().filter_map(|(_, r)| r.put_over(model)).collect();
         self.transact(model, |draft| {
             ready.into_iter().try_for_each(|(at, r)| self.edit(draft, r).at(|| at))
         })
-        .await
-        .map(drop)
+        .await?;
+        for (disk, overlay) in overlays {
+            warn_of_clear_data(model, disk, model.find_node(&overlay)?).await;
+        }
+        Ok(())
     }
 
     async fn get_ready(

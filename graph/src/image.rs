@@ -23,7 +23,7 @@ use crate::snapshot::remove_file;
 const INHERITED: [&str; 3] = ["read-only", "cache", "force-share"];
 
 /// The members of ImageInfo, in the order in which the reference tools print them.
-const ORDER: [&str; 11] = [
+const ORDER: [&str; 12] = [
     "children",
     "backing-filename-format",
     "virtual-size",
@@ -34,6 +34,7 @@ const ORDER: [&str; 11] = [
     "format-specific",
     "full-backing-filename",
     "backing-filename",
+    "encrypted",
     "dirty-flag",
 ];
 

@@ -157,6 +157,19 @@ fn inlined(model: &Model, id: NodeId) -> Map<String, Value> {
     options
 }
 
+/// Whether what a node itself stores lies encrypted on storage, by itself or by a node that its
+/// image lies in.
+pub(crate) async fn is_encrypted(model: &Model, id: NodeId) -> bool {
+    let mut at = Some(id);
+    while let Some(n) = at {
+        if model.node(n).live.driver().info().await.is_ok_and(|i| i.encrypted) {
+            return true;
+        }
+        at = STORAGE.iter().find_map(|r| child(model, n, *r));
+    }
+    false
+}
+
 /// ImageInfo of one node, its backing image left out.
 pub(crate) async fn image_info(
     model: &Model,
@@ -196,12 +209,15 @@ pub(crate) async fn image_info(
     if let Some(s) = &info.specific {
         m.insert("format-specific".into(), s.clone());
     }
+    if info.encrypted {
+        m.insert("encrypted".into(), true.into());
+    }
     Ok((m, info))
 }
 
 async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
     let node = model.node(id);
-    let (image, _) = image_info(model, id).await?;
+    let (image, info) = image_info(model, id).await?;
     let mut chain = vec![id];
     while let Some(b) = chain.last().and_then(|n| child(model, *n, Role::Backing)) {
         if chain.contains(&b) {
@@ -228,7 +244,7 @@ async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
         "drv": node.live.def().name,
         "file": image["filename"],
         "ro": node.read_only,
-        "encrypted": false,
+        "encrypted": info.encrypted,
         "active": true,
         "cache": cache_value(&node.common),
         "detect_zeroes": match node.detect_zeroes {

@@ -12,6 +12,7 @@ use crate::filename;
 use crate::graph::Graph;
 use crate::job_filter;
 use crate::model::{BackendId, Draft, EdgeId, Model, NodeId, Owner, Parent};
+use crate::query::is_encrypted;
 use crate::replace::data_of;
 
 /// What blockdev-snapshot-sync is told.
@@ -126,7 +127,9 @@ impl Graph {
         let mut model = self.state.lock().await;
         let n = model.find_disk(disk)?;
         let o = model.find_node(overlay)?;
-        self.transact(&mut model, |d| overlay_edit(d, n, o)).await.map(drop)
+        self.transact(&mut model, |d| overlay_edit(d, n, o)).await?;
+        warn_of_clear_data(&model, n, o).await;
+        Ok(())
     }
 
     /// The options of the overlay that `s` describes and the path of its file, which is made unless
@@ -178,6 +181,18 @@ impl Graph {
             options["backing-fmt"] = json!(base_format);
         }
         self.create_file(model, path, options).await.at(|| format!("overlay '{path}'"))
+    }
+}
+
+/// A plain overlay on an encrypted disk works, and what is new is stored in the clear (mutators.md,
+/// section 1).
+pub(crate) async fn warn_of_clear_data(model: &Model, disk: NodeId, overlay: NodeId) {
+    if is_encrypted(model, disk).await && !is_encrypted(model, overlay).await {
+        let (n, o) = (&model.node(disk).name, &model.node(overlay).name);
+        eprintln!(
+            "gipfel: warning: node '{n}' is encrypted and its overlay '{o}' is not: new data lie \
+             in the clear"
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! A few threads for system calls that the ring does not offer and that may block.
+//! A few threads for system calls that the ring does not offer and that may block, and for long
+//! computations.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -78,6 +79,14 @@ fn serve(pool: &Weak<Pool>) {
 
 struct Outcome<T> {
     value: Mutex<(Option<T>, Option<Waker>)>,
+}
+
+/// Runs a long computation beside the I/O threads, so that nobody waits for it but the caller.
+/// In a simulation it takes no time.
+pub async fn compute<T: Send + 'static>(
+    f: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    if exec::simulated().is_some() { f() } else { call(f).await }
 }
 
 /// Runs `f` on a thread of the pool and gives its outcome.

@@ -22,6 +22,7 @@ pub mod signals;
 pub mod sim;
 pub mod time;
 
+pub use blocking::compute;
 pub use buf::Buf;
 pub use exec::{Handle, JoinHandle, Runtime, Task, current, spawn_local, yield_now};
 pub use file::{File, FileInfo, FileKind, OpenOptions, ZeroMode};

@@ -135,6 +135,8 @@ pub struct DriverInfo {
     pub backing: Option<(String, Option<String>)>,
     /// Whether the image says that it was not closed properly.
     pub dirty: Option<bool>,
+    /// Whether what is stored is encrypted.
+    pub encrypted: bool,
     /// What only this driver knows (ImageInfoSpecific of the QMP reference).
     pub specific: Option<Value>,
 }

@@ -17,6 +17,7 @@ pub mod node;
 pub mod perm;
 pub mod report;
 mod runner;
+pub mod secret;
 pub mod snapshot;
 pub mod status;
 
@@ -33,5 +34,6 @@ pub use driver::{
 pub use node::Node;
 pub use perm::{Binding, Perm, Perms, Role};
 pub use report::{Report, Reports};
+pub use secret::{Secret, Secrets};
 pub use snapshot::SnapshotSource;
 pub use status::Status;

@@ -62,6 +62,7 @@ impl Qcow2 {
             cluster_size: Some(self.g.cluster_size() as u32),
             backing: h.backing.clone().map(|b| (b, h.backing_format.clone())),
             dirty: Some(h.incompatible & DIRTY != 0),
+            encrypted: false,
             specific: Some(json!({ "type": "qcow2", "data": data })),
         }
     }

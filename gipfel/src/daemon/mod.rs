@@ -10,6 +10,7 @@ mod events;
 mod monitor;
 pub mod objects;
 mod reports;
+mod secret;
 mod throttle;
 
 use std::cell::Cell;

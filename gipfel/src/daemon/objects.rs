@@ -1,5 +1,5 @@
-//! Objects beside the graph: I/O threads by name and throttle groups, and the paths and properties
-//! by which QMP reaches them.
+//! Objects beside the graph: I/O threads by name, throttle groups and secrets, and the paths and
+//! properties by which QMP reaches them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -9,11 +9,13 @@ use std::sync::Arc;
 use gipfel_base::limits::MAX_NAME;
 use gipfel_base::{Error, ErrorKind, Result, ResultExt};
 use gipfel_filters::{Groups, Limits, ThrottleGroup};
+use gipfel_node::Secrets;
 use gipfel_qmp::Registry;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::Daemon;
+use super::secret::{self, Facts};
 
 /// Objects at once.
 const MAX_OBJECTS: usize = 10_000;
@@ -33,6 +35,7 @@ const IOTHREAD: [(&str, u64); 6] = [
 enum Object {
     IoThread(BTreeMap<&'static str, u64>),
     ThrottleGroup(Arc<ThrottleGroup>),
+    Secret(Facts),
 }
 
 /// The objects of a daemon.
@@ -40,12 +43,18 @@ enum Object {
 pub struct Objects {
     list: RefCell<BTreeMap<String, Object>>,
     groups: Arc<Groups>,
+    secrets: Arc<Secrets>,
 }
 
 impl Objects {
     /// The throttle groups, those that are no objects included.
     pub fn groups(&self) -> &Arc<Groups> {
         &self.groups
+    }
+
+    /// The secrets, for drivers.
+    pub fn secrets(&self) -> &Arc<Secrets> {
+        &self.secrets
     }
 
     /// Makes an object (ObjectOptions).
@@ -71,6 +80,12 @@ impl Objects {
                 Object::ThrottleGroup(self.groups.create(&id, limits)?)
             }
             "iothread" => Object::IoThread(io_thread(options).at(|| format!("iothread '{id}'"))?),
+            "secret" => {
+                let (facts, s) =
+                    secret::make(options, &self.secrets).at(|| format!("secret '{id}'"))?;
+                self.secrets.insert(&id, s);
+                Object::Secret(facts)
+            }
             _ => return Err(Error::unsupported(format!("there are no objects of type '{kind}'"))),
         };
         list.insert(id, object);
@@ -83,6 +98,7 @@ impl Objects {
         match list.get(id) {
             None => return Err(no_object(id)),
             Some(Object::ThrottleGroup(_)) => self.groups.remove(id)?,
+            Some(Object::Secret(_)) => self.secrets.remove(id),
             Some(Object::IoThread(_)) => {}
         }
         list.remove(id);
@@ -121,6 +137,10 @@ impl Objects {
             ),
             None => self.at(path, |o| {
                 let names: Vec<String> = match o {
+                    Object::Secret(_) => {
+                        found.extend(Facts::TYPES.map(|(n, t)| (n.to_owned(), t.to_owned())));
+                        Vec::new()
+                    }
                     Object::IoThread(_) => IOTHREAD.map(|(n, _)| n.to_owned()).into(),
                     Object::ThrottleGroup(_) => {
                         found.push(("limits".to_owned(), "ThrottleLimits".to_owned()));
@@ -178,6 +198,7 @@ impl Object {
         match self {
             Object::IoThread(_) => "iothread",
             Object::ThrottleGroup(_) => "throttle-group",
+            Object::Secret(_) => "secret",
         }
     }
 
@@ -186,6 +207,7 @@ impl Object {
             return Ok(json!(self.kind()));
         }
         let value = match self {
+            Object::Secret(facts) => return facts.get(property),
             Object::IoThread(p) => p.get(property).copied(),
             Object::ThrottleGroup(g) if property == "limits" => {
                 return Ok(Value::Object(g.limits().to_json()));
@@ -204,6 +226,9 @@ impl Object {
             return Err(Error::invalid("property 'type' cannot be set"));
         }
         match self {
+            Object::Secret(_) => Err(Error::unsupported(
+                "a secret stays as it was made: make another one, with an id of its own",
+            )),
             Object::IoThread(p) => {
                 let mut next = p.clone();
                 set_io_thread(&mut next, property, value)?;

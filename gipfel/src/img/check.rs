@@ -65,7 +65,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
     } else {
         "nothing was changed"
     };
-    super::on_graph(left, async |graph| {
+    super::on_graph(m, left, async |graph| {
         check(&graph, named, fix, output, m.get_flag("quiet")).await
     })
 }

@@ -134,7 +134,6 @@ struct Asking<'a> {
 
 /// Carries out the command.
 pub fn run(m: &ArgMatches) -> Result<ExitCode> {
-    super::refuse_objects(m)?;
     for (name, _, takes_value, what) in MISSING {
         if if takes_value { text(m, name).is_some() } else { m.get_flag(name) } {
             return Err(Error::unsupported(format!("--{name}: {what} is not offered yet")));
@@ -154,6 +153,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
     taken.push(REPORT);
     let signals = Signals::take(&taken)?;
     let runtime = Runtime::new(default_io_threads())?;
+    let objects = super::objects(m)?;
     let left = format!("'{target}' holds a part of the disk only");
     let threads = runtime.io_threads();
     let under_way: OnceCell<Arc<Copy>> = OnceCell::new();
@@ -161,7 +161,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
         Some(copy) => eprintln!("    ({:.2}/100%)", copy.progress() * 100.0),
         None => eprintln!("    (0.00/100%)"),
     };
-    super::with_signals(&runtime, &signals, &left, report, async |graph| {
+    super::with_signals(&runtime, &signals, &objects, &left, report, async |graph| {
         convert(&graph, asking, &threads, &under_way).await?;
         Ok(ExitCode::SUCCESS)
     })

@@ -66,9 +66,8 @@ pub struct New<'a> {
 
 /// Carries out the command.
 pub fn run(m: &ArgMatches) -> Result<ExitCode> {
-    super::refuse_objects(m)?;
     let format = super::text(m, "format").unwrap_or("raw");
-    super::on_graph("the new image is incomplete and of no use", async |graph| {
+    super::on_graph(m, "the new image is incomplete and of no use", async |graph| {
         graph.registry().get(format)?;
         let mut given = match options::read(format, super::texts(m, "options"))? {
             Asked::Help => {

@@ -35,7 +35,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
     let output = super::output(m)?;
     let name = super::text(m, "filename").unwrap_or_default();
     let named = Named { alone: true, ..open::named(m, name)? };
-    super::on_graph("nothing was changed", async |graph| {
+    super::on_graph(m, "nothing was changed", async |graph| {
         let mut list = chain(&graph, named, m.get_flag("backing-chain")).await?;
         super::print(&match output {
             Output::Human => list.iter().map(human).collect::<Vec<_>>().join("\n"),
@@ -100,6 +100,9 @@ fn human(info: &Value) -> String {
     line(&mut t, "", "image", info.get("filename"));
     line(&mut t, "", "file format", info.get("format"));
     sizes(&mut t, "", "virtual size", info);
+    if info["encrypted"] == json!(true) {
+        t.push_str("encrypted: yes\n");
+    }
     line(&mut t, "", "cluster_size", info.get("cluster-size"));
     if info["dirty-flag"] == json!(true) {
         t.push_str("cleanly shut down: no\n");

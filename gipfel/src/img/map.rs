@@ -69,7 +69,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
     let (start, most) = (number("start-offset")?.unwrap_or(0), number("max-length")?);
     let name = super::text(m, "filename").unwrap_or_default();
     let named = open::named(m, name)?;
-    super::on_graph("nothing was changed", async |graph| {
+    super::on_graph(m, "nothing was changed", async |graph| {
         let mut out = std::io::BufWriter::new(std::io::stdout().lock());
         let told = map(&graph, named, start, most, output, &mut out).await;
         match told.and_then(|()| Ok(out.flush()?)) {

@@ -26,6 +26,9 @@ use gipfel_base::{Error, Result, ResultExt};
 use gipfel_graph::Graph;
 use gipfel_io::Runtime;
 use gipfel_io::signals::{REPORT, Signals, TERMINATION};
+use gipfel_qmp::Schema;
+use gipfel_qmp::keyval::Style;
+use serde_json::Value;
 
 use crate::daemon::objects::Objects;
 use crate::drivers;
@@ -97,7 +100,7 @@ fn subcommand(name: &'static str, about: &'static str, examples: &'static str) -
                 .long("object")
                 .value_name("OBJECT")
                 .action(ArgAction::Append)
-                .help("Objects (passwords of encrypted images): not offered by this version"),
+                .help("Make an object: secret,id=ID,file=PATH holds the passphrase of an image"),
         )
 }
 
@@ -125,14 +128,19 @@ fn texts<'a>(m: &'a ArgMatches, name: &str) -> impl Iterator<Item = &'a str> {
     m.get_many::<String>(name).into_iter().flatten().map(String::as_str)
 }
 
-/// What is said to all commands that take images.
-fn refuse_objects(m: &ArgMatches) -> Result<()> {
-    match texts(m, "object").next() {
-        Some(o) => Err(Error::unsupported(format!(
-            "--object '{o}': objects are not offered by this version (nor are encrypted images)"
-        ))),
-        None => Ok(()),
+/// The objects that a command's `--object` options make.
+fn objects(m: &ArgMatches) -> Result<Objects> {
+    let (schema, objects) = (Schema::builtin()?, Objects::default());
+    for text in texts(m, "object") {
+        let style = Style { implied: Some("qom-type"), switches: false };
+        let made = match schema.read_option("ObjectOptions", text, style) {
+            Ok(Value::Object(o)) => objects.add(o),
+            Ok(_) => Err(Error::invalid("give key=value pairs or a JSON object")),
+            Err(e) => Err(e),
+        };
+        made.at(|| "--object")?;
     }
+    Ok(objects)
 }
 
 /// How results are shown.
@@ -163,7 +171,7 @@ fn print(text: &str) -> Result<()> {
     }
 }
 
-fn to_json(v: &serde_json::Value) -> String {
+fn to_json(v: &Value) -> String {
     gipfel_qmp::json::to_pretty(v).replace("\r\n", "\n") + "\n"
 }
 
@@ -176,23 +184,25 @@ fn whole_sectors(bytes: u64) -> u64 {
 /// Runs a command on a graph of its own, until it is done or a signal asks for the end; `left`
 /// says what then becomes of its work.
 fn on_graph(
+    m: &ArgMatches,
     left: &str,
     command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
     let signals = Signals::take(&TERMINATION)?;
-    with_signals(&Runtime::new(0)?, &signals, left, || {}, command)
+    with_signals(&Runtime::new(0)?, &signals, &objects(m)?, left, || {}, command)
 }
 
 /// The same with a runtime and signals made before; `report` is called when a signal asks for it.
 fn with_signals(
     runtime: &Runtime,
     signals: &Signals,
+    objects: &Objects,
     left: &str,
     report: impl Fn(),
     command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
     runtime.block_on(async {
-        let graph = Graph::new(drivers::registry(&Objects::default(), &Arc::default()));
+        let graph = Graph::new(drivers::registry(objects, &Arc::default()));
         let work = async {
             let done = command(graph.clone()).await;
             let closed = graph.close_all().await;

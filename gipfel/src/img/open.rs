@@ -108,7 +108,6 @@ pub fn named<'a>(m: &'a ArgMatches, name: &'a str) -> Result<Named<'a>> {
             "--image-opts says the format in its options: leave --format (-f) out",
         ));
     }
-    super::refuse_objects(m)?;
     Ok(Named { name, format, is_options, share: m.get_flag("force-share"), ..Named::default() })
 }
 
