@@ -84,7 +84,9 @@ impl Flat<'_> {
                 }
             }
             (None | Some("pass"), _) => above,
-            (_, "backing") => Perms { used: above.used & READ, shared: quiet },
+            // Who does not read the overlay does not care what becomes of the bytes below.
+            (_, "backing") if !above.used.contains(READ) => Perms::IDLE,
+            (_, "backing") => Perms { used: READ, shared: quiet },
             _ => {
                 let writes = self.writable(parent) && above.writes();
                 let more = if writes { Perm::WRITE | Perm::RESIZE } else { Perm::NONE };
