@@ -71,7 +71,10 @@ impl Below {
 /// What a filter changes. Requests come as the runner hands them to a driver.
 pub(crate) trait Filter: Send + Sync + 'static {
     /// As [`Driver::map`].
-    fn map<'a>(&'a self, below: &'a Below, access: Access, range: ByteRange) -> Mapping<'a>;
+    fn map<'a>(&'a self, below: &'a Below, access: Access, range: ByteRange) -> Mapping<'a> {
+        let _ = access;
+        below.straight(range)
+    }
 
     /// As [`Driver::read`].
     fn read<'a>(&'a self, below: &'a Below, offset: u64, buf: Buf) -> IoFuture<'a> {
@@ -85,7 +88,9 @@ pub(crate) trait Filter: Send + Sync + 'static {
         offset: u64,
         buf: Buf,
         flags: WriteFlags,
-    ) -> IoFuture<'a>;
+    ) -> IoFuture<'a> {
+        Box::pin(below.child().write(offset, buf, flags))
+    }
 
     /// As [`Driver::write_zeroes`].
     fn write_zeroes<'a>(
@@ -148,8 +153,12 @@ pub(crate) trait Filter: Send + Sync + 'static {
         None
     }
 
-    /// Fails where options of a reopen are not those in force.
-    fn same_options(&self, options: Value) -> Result<()>;
+    /// Fails where options of a reopen are not those in force; without options of its own a filter
+    /// has nothing to compare.
+    fn same_options(&self, options: Value) -> Result<()> {
+        let _ = options;
+        Ok(())
+    }
 
     /// As [`Driver::close`]: the node goes, no request follows.
     fn close<'a>(&'a self, below: &'a Below) -> IoFuture<'a> {

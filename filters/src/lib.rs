@@ -15,6 +15,10 @@ pub mod copy_on_read;
 pub mod detect_zeroes;
 mod filter;
 pub mod quorum;
+#[cfg(test)]
+mod smallest;
+#[cfg(test)]
+mod smallest_tests;
 pub mod snapshot_access;
 #[cfg(test)]
 mod testing;

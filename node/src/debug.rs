@@ -1,8 +1,9 @@
 //! Events: what a driver says to its child while it works, for fault injection.
 //!
 //! A format tells its `file` child what it is about to do ("the next write is of an L2 table").
-//! Whoever injects errors or holds requests there listens: see [`Driver::debugger`]. To all others
-//! an event costs a look at the child, and nothing on the steady path, where none is told.
+//! Whoever injects errors or holds requests there listens: see
+//! [`Driver::debugger`](crate::Driver::debugger). To all others an event costs a look at the child,
+//! and nothing on the steady path, where none is told.
 
 use std::future::Future;
 use std::pin::Pin;

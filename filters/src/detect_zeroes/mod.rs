@@ -9,12 +9,11 @@ mod tests;
 
 use std::sync::Arc;
 
-use gipfel_base::{ByteRange, Error, ErrorKind, Result};
+use gipfel_base::{ByteRange, Error, ErrorKind};
 use gipfel_io::Buf;
 use gipfel_node::{
     Access, Child, Driver, DriverDef, IoFuture, Kind, Mapping, WriteFlags, ZeroFlags,
 };
-use serde_json::Value;
 
 use crate::filter::{Below, FILE, Filter, Filtered};
 
@@ -75,9 +74,5 @@ impl Filter for DetectZeroes {
             }
             below.child().write(offset, buf, flags).await
         })
-    }
-
-    fn same_options(&self, _: Value) -> Result<()> {
-        Ok(())
     }
 }
