@@ -4,6 +4,7 @@
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use gipfel_testkit::nbd::{Address, Client};
 use gipfel_testkit::{Daemon, Rng, Scratch, tools};
@@ -27,10 +28,19 @@ impl Served {
         let args = ["--blockdev", &node, "--nbd-server", &server, "--export", export];
         let daemon = if reference { Daemon::reference(&args) } else { Daemon::gipfel(&args) };
         let daemon = daemon.wait_for(&[PathBuf::from(&socket)]);
-        // Where replies are structured the reference disconnects when a read fails.
-        let client = Client::connect_simple(&Address::Unix(socket.into()), "x").unwrap();
-        let client = Some(client);
-        Served { client, daemon }
+        // The socket may be that of the daemon before, and the reference lets clients in before it
+        // has its exports.
+        let address = Address::Unix(socket.into());
+        let end = Instant::now() + Duration::from_secs(10);
+        let client = loop {
+            // Where replies are structured the reference disconnects when a read fails.
+            match Client::connect_simple(&address, "x") {
+                Ok(c) => break c,
+                Err(e) => assert!(Instant::now() < end, "{e}"),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        Served { client: Some(client), daemon }
     }
 
     fn client(&mut self) -> &mut Client {
