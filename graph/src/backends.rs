@@ -12,7 +12,6 @@ use crate::backend::{Backend, Follow};
 use crate::faults::IoStatus;
 use crate::graph::{BackendOptions, Graph, NewMedium, client_perms};
 use crate::model::{BackendId, BackendInfo, Draft, Model, Named};
-use crate::registry::ZeroDetection;
 
 /// What holds a medium that can be taken out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -158,7 +157,7 @@ fn describe(model: &Model, b: &BackendInfo) -> Value {
         put("throttle-group", json!(g));
     }
     put("copy-on-read", json!(b.options.copy_on_read));
-    put("detect-zeroes", json!(zeroes_name(b.options.detect_zeroes)));
+    put("detect-zeroes", json!(b.options.detect_zeroes.name()));
     let a = b.live.accounting();
     let [reads, writes, flushes] = [0, 1, 2].map(|i| a.requests[i].load(Ordering::Relaxed));
     let [read, written] = [0, 1].map(|i| a.bytes[i].load(Ordering::Relaxed));
@@ -184,14 +183,6 @@ pub(crate) fn status_name(s: IoStatus) -> &'static str {
         IoStatus::Ok => "ok",
         IoStatus::Failed => "failed",
         IoStatus::NoSpace => "nospace",
-    }
-}
-
-fn zeroes_name(z: ZeroDetection) -> &'static str {
-    match z {
-        ZeroDetection::Off => "off",
-        ZeroDetection::On => "on",
-        ZeroDetection::Unmap => "unmap",
     }
 }
 

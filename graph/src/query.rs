@@ -10,7 +10,6 @@ use crate::copies::copies;
 use crate::create::cache_value;
 use crate::graph::Graph;
 use crate::model::{Model, NodeId, Parent};
-use crate::registry::ZeroDetection;
 
 impl Graph {
     /// query-named-block-nodes (BlockDeviceInfo). Implicit filters are left out; with `flat` the
@@ -247,11 +246,7 @@ async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
         "encrypted": info.encrypted,
         "active": true,
         "cache": cache_value(&node.common),
-        "detect_zeroes": match node.detect_zeroes {
-            ZeroDetection::Off => "off",
-            ZeroDetection::On => "on",
-            ZeroDetection::Unmap => "unmap",
-        },
+        "detect_zeroes": node.detect_zeroes.name(),
         "write_threshold": 0,
         "backing_file_depth": chain.len() - 1,
         "image": image,

@@ -18,6 +18,17 @@ pub enum ZeroDetection {
     Unmap,
 }
 
+impl ZeroDetection {
+    /// Its name in the QMP reference (BlockdevDetectZeroesOptions).
+    pub fn name(self) -> &'static str {
+        match self {
+            ZeroDetection::Off => "off",
+            ZeroDetection::On => "on",
+            ZeroDetection::Unmap => "unmap",
+        }
+    }
+}
+
 /// An implicit filter: its definition and how to make one.
 pub type MakeFilter<T> = (&'static DriverDef, fn(Arc<Child>, T) -> Box<dyn Driver>);
 

@@ -148,18 +148,20 @@ async fn backend_add(d: &Daemon, g: &Rc<Graph>, a: Add) -> Result<()> {
     }
 }
 
+/// The backend of the device or export with this id.
+pub fn of_client(d: &Daemon, id: &str) -> Result<BackendId> {
+    d.exports.backend_of(id).ok_or_else(|| {
+        Error::new(ErrorKind::NotFound, format!("there is no device or export '{id}'"))
+    })
+}
+
 /// The backend that is meant and how it is called in events.
 async fn find(d: &Daemon, w: &Which) -> Result<(BackendId, String, String)> {
     match (&w.device, &w.id) {
         (Some(name), None) => {
             Ok((d.graph.backend_called(name).await?, name.clone(), String::new()))
         }
-        (None, Some(id)) => {
-            let backend = d.exports.backend_of(id).ok_or_else(|| {
-                Error::new(ErrorKind::NotFound, format!("there is no device or export '{id}'"))
-            })?;
-            Ok((backend, String::new(), id.clone()))
-        }
+        (None, Some(id)) => Ok((of_client(d, id)?, String::new(), id.clone())),
         _ => Err(Error::invalid("give either 'device' or 'id'")),
     }
 }

@@ -2,12 +2,12 @@
 
 use std::rc::Rc;
 
-use gipfel_base::{Error, ErrorKind, Result};
+use gipfel_base::{Error, Result};
 use gipfel_filters::Limits;
 use gipfel_qmp::Registry;
 use serde_json::{Map, Value, json};
 
-use super::Daemon;
+use super::{Daemon, backends};
 
 type Args = Map<String, Value>;
 
@@ -48,9 +48,7 @@ async fn set(d: &Rc<Daemon>, a: Args) -> Result<()> {
     let text = |k: &str| a.get(k).and_then(Value::as_str);
     let backend = match (text("device"), text("id")) {
         (Some(name), None) => d.graph.throttled_backend(name).await?,
-        (None, Some(id)) => d.exports.backend_of(id).ok_or_else(|| {
-            Error::new(ErrorKind::NotFound, format!("there is no device or export '{id}'"))
-        })?,
+        (None, Some(id)) => backends::of_client(d, id)?,
         _ => return Err(Error::invalid("give either 'device' or 'id'")),
     };
     let limits = limits(&a)?;
