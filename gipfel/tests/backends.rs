@@ -48,6 +48,13 @@ fn backend(q: &mut Qmp, name: &str) -> Value {
     list.as_array().unwrap().iter().find(|b| b["name"] == name).unwrap().clone()
 }
 
+/// What query-block says of the only backend: is it removable, its tray open, a medium in it?
+fn tray(q: &mut Qmp) -> (bool, bool, bool) {
+    let b = &q.command("query-block", json!({}))[0];
+    let flag = |k: &str| b[k].as_bool().unwrap();
+    (flag("removable"), flag("tray_open"), b.get("inserted").is_some())
+}
+
 fn image(scratch: &Scratch, name: &str, byte: u8) -> String {
     scratch.file(name, &vec![byte; 64 * KIB])
 }
@@ -77,6 +84,7 @@ fn a_drive_is_a_backend_with_its_medium_and_filters() {
         (&json!(50000000), &json!(500), &json!(900))
     );
     assert_eq!(i["cache"]["no-flush"], true);
+    assert_eq!((&shown[0]["removable"], shown[0].get("tray_open")), (&json!(false), None));
     let mut c = h.client("vd0");
     assert_eq!(c.read(0, 4096).unwrap(), [1; 4096]);
     c.write(4096, &[7; 4096], 0).unwrap();
@@ -131,8 +139,10 @@ fn media_change_under_a_client() {
     q.command("eject", json!({ "id": "e" }));
     assert!(c.read(0, 512).is_err(), "no medium");
     assert_eq!(backend(&mut q, "cd").get("node-name"), None);
+    assert_eq!(tray(&mut q), (true, true, false));
     q.command("blockdev-insert-medium", json!({ "device": "cd", "node-name": "b" }));
     q.command("blockdev-close-tray", json!({ "device": "cd" }));
+    assert_eq!(tray(&mut q), (true, false, true));
     assert_eq!(c.read(0, 512).unwrap(), [2; 512]);
     let missing = json!({ "device": "cd", "filename": "/nonexistent/c.raw" });
     q.refused("blockdev-change-medium", missing);
@@ -172,4 +182,36 @@ fn wrong_drives_are_refused_clearly() {
         assert!(!out.status.success() && text.contains(says), "{options}: {text}");
         assert!(!text.contains("panicked"), "{options}: {text}");
     }
+}
+
+#[test]
+fn a_client_stopped_by_a_full_disk_goes_on_after_backend_resume() {
+    let s = Scratch::new("stopped");
+    let file = image(&s, "d.raw", 1);
+    let node = json!({
+        "driver": "blkdebug", "node-name": "full",
+        "inject-error": [{ "event": "none", "iotype": "write", "errno": 28, "once": true }],
+        "image": { "driver": "file", "filename": file }
+    });
+    let h = Host::start(s, &["--blockdev", &node.to_string()]);
+    let mut q = h.qmp();
+    q.command("backend-add", json!({ "name": "d", "node-name": "full", "werror": "stop" }));
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "d", "writable": true });
+    q.command("block-export-add", export);
+    let mut c = h.client("d");
+    let status = |q: &mut Qmp| q.command("query-block", json!({}))[0]["io-status"].clone();
+    assert_eq!(status(&mut q), "ok");
+    let writer = std::thread::spawn(move || {
+        c.write(0, &[2; 512], 0).unwrap();
+        assert_eq!(c.read(0, 512).unwrap(), [2; 512]);
+        c.disconnect().unwrap();
+    });
+    let e = q.wait_event("BLOCK_IO_ERROR", SOON).unwrap();
+    assert_eq!((&e["data"]["action"], &e["data"]["nospace"]), (&json!("stop"), &json!(true)));
+    assert_eq!(status(&mut q), "nospace");
+    assert!(!writer.is_finished(), "the client waits");
+    q.command("backend-resume", json!({ "name": "d" }));
+    writer.join().unwrap();
+    assert_eq!(status(&mut q), "ok");
+    drop(h.end());
 }

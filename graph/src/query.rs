@@ -6,6 +6,7 @@ use gipfel_base::{Error, ErrorKind, Result};
 use gipfel_node::{DriverInfo, Role};
 use serde_json::{Map, Value, json};
 
+use crate::backends::status_name;
 use crate::copies::copies;
 use crate::create::cache_value;
 use crate::graph::Graph;
@@ -38,11 +39,13 @@ impl Graph {
             let mut v = json!({
                 "device": b.name,
                 "type": "unknown",
-                "removable": true,
-                "locked": false,
-                "tray_open": false,
-                "io-status": "ok",
+                "removable": b.tray.is_some(),
+                "locked": b.tray.is_some_and(|t| t.locked),
+                "io-status": status_name(b.live.faults().status()),
             });
+            if let Some(t) = b.tray {
+                v["tray_open"] = json!(t.open);
+            }
             if let Some(n) = model.below_stack(b) {
                 v["inserted"] = node_info(&model, model.under_side(n), false).await?;
                 if let Some(group) = &b.throttle {
