@@ -167,8 +167,9 @@ impl OsFile {
             libc::pwrite(self.fd.as_raw_fd(), buf.ptr().cast(), buf.len(), offset as libc::off_t)
         };
         let end = Instant::now();
-        if end.since(start) > SLOW_WRITE {
-            self.slow_until.store((end + SLOW_PAUSE).nanos(), Ordering::Relaxed);
+        let took = end.since(start);
+        if took > SLOW_WRITE {
+            self.slow_until.store((end + took * SLOW_PAUSE).nanos(), Ordering::Relaxed);
         }
         // An error is left to the ring, which meets it again and reports it.
         usize::try_from(n).unwrap_or(0)
@@ -199,8 +200,9 @@ const COLD_READS: u32 = 8;
 const INLINE_WRITE: usize = 256 << 10;
 /// A write by the calling thread that took longer than this says that the file is slow now.
 const SLOW_WRITE: Duration = Duration::from_millis(1);
-/// For how long writes to a slow file then go through the ring.
-const SLOW_PAUSE: Duration = Duration::from_millis(100);
+/// For how long writes to a slow file then go through the ring, as a multiple of the time the
+/// slow one took: the calling thread waits for at most this part of its time.
+const SLOW_PAUSE: u32 = 10;
 
 impl File {
     /// Opens `path`. Inside a simulation this is a simulated file of that name.
