@@ -131,6 +131,12 @@ impl Exports {
         }
     }
 
+    /// Returns once a client has used the NBD server and none is left.
+    pub async fn nbd_deserted(&self) -> Result<()> {
+        self.server()?.deserted().await;
+        Ok(())
+    }
+
     /// Stops the NBD server, its clients and all exports.
     pub async fn stop_nbd(&self) -> Result<()> {
         let server = self.server()?;

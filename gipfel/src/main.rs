@@ -6,6 +6,7 @@ mod demo;
 mod drivers;
 mod graph;
 mod img;
+mod nbd;
 mod serve;
 
 use std::path::Path;
@@ -27,6 +28,7 @@ fn cli() -> Command {
         .subcommand(serve::command())
         .subcommand(graph::command())
         .subcommand(img::command("img"))
+        .subcommand(nbd::command("nbd"))
         .subcommand(daemon::cli::command("storage-daemon"))
 }
 
@@ -42,6 +44,9 @@ fn main() -> ExitCode {
         }
         Some("qemu-img") => {
             img::command("qemu-img").try_get_matches_from(args).map(|m| ("img".to_owned(), m))
+        }
+        Some("qemu-nbd") => {
+            nbd::command("qemu-nbd").try_get_matches_from(args).map(|m| ("nbd".to_owned(), m))
         }
         _ => cli().try_get_matches_from(args).map(|m| match m.subcommand() {
             Some((name, m)) => (name.to_owned(), m.clone()),
@@ -70,6 +75,7 @@ fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
         "demo" => demo::run()?,
         "graph" => graph::run(m)?,
         "img" => return img::run(m),
+        "nbd" => nbd::run(m)?,
         "serve" => serve::run(m)?,
         "storage-daemon" => daemon::run(&daemon::cli::config(m)?)?,
         _ => unreachable!("clap knows the subcommands"),

@@ -4,7 +4,7 @@
 //! turn. It knows nothing of QMP or of export ids: those belong to who adds and removes exports.
 
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -128,6 +128,8 @@ struct Shared<D> {
     tables: Mutex<Tables<D>>,
     /// A connection has ended.
     left: Event,
+    /// Clients have used an export.
+    used: AtomicBool,
 }
 
 impl<D> Shared<D> {
@@ -185,8 +187,9 @@ impl<D: Disk> Server<D> {
     pub fn new(threads: Vec<Handle>, options: ServerOptions) -> Self {
         assert!(!threads.is_empty(), "a server needs a thread for its connections");
         let tables = Tables { exports: Vec::new(), connections: Slab::new(), stopping: false };
+        let (tables, left, used) = (Mutex::new(tables), Event::new(), AtomicBool::new(false));
         Self {
-            shared: Arc::new(Shared { options, tables: Mutex::new(tables), left: Event::new() }),
+            shared: Arc::new(Shared { options, tables, left, used }),
             threads,
             next_thread: Arc::default(),
             listeners: RefCell::default(),
@@ -289,6 +292,17 @@ impl<D: Disk> Server<D> {
         self.shared.tables().connections.len()
     }
 
+    /// Returns once a client has used an export and no connection is left.
+    pub async fn deserted(&self) {
+        loop {
+            listener!(self.shared.left => left);
+            if self.shared.used.load(Ordering::SeqCst) && self.connections() == 0 {
+                return;
+            }
+            left.await;
+        }
+    }
+
     /// Stops listening, drops all exports, disconnects all clients; returns when no request is in
     /// flight any more. What was acknowledged before is done; what was not may be.
     pub async fn stop(&self) {
@@ -353,6 +367,7 @@ async fn run<D: Disk>(seat: Seat<D>, stream: Stream) {
     let shake = connection::handshake(&stream, &*seat.shared, |name| seat.claim(name));
     let opened = if limit.is_zero() { Some(shake.await) } else { timeout(limit, shake).await };
     if let Some(Ok(Some(opened))) = opened {
+        seat.shared.used.store(true, Ordering::SeqCst);
         let disk = opened.export.0.disk.clone();
         connection::transmission(&stream, disk, &opened).await;
     }

@@ -38,6 +38,11 @@ struct Options {
     #[serde(default)]
     offset: u64,
     size: Option<u64>,
+    /// Nobody said that this is a raw image, and none of its bytes spoke against it. It shall not
+    /// become, by what is written to it, an image of another format that is believed at its next
+    /// opening. An option of tools; users cannot give it.
+    #[serde(default)]
+    guessed: bool,
 }
 
 /// Sizes are whole sectors where a window is given (as the reference has it).
@@ -137,6 +142,25 @@ async fn create(args: CreateArgs) -> Result<()> {
     child.flush().await
 }
 
+/// Refuses bytes for the start of an image that would make it look like one of another format.
+fn refuse_header(first: &Buf) -> Result<()> {
+    let mut head = [0; SECTOR as usize];
+    let n = head.len().min(first.len());
+    first.slice(0..n).copy_to(0, &mut head[..n]);
+    let looks = |d: &&&DriverDef| d.probe.is_some_and(|p| p(&head) > 1);
+    match crate::FORMATS.iter().find(looks) {
+        None => Ok(()),
+        Some(d) => Err(Error::new(
+            ErrorKind::PermissionDenied,
+            format!(
+                "these bytes would make an image of format '{}' of one that was only taken for \
+                 raw: give the format to write them",
+                d.name
+            ),
+        )),
+    }
+}
+
 impl Raw {
     fn child(&self) -> &Child {
         &self.children[0]
@@ -175,7 +199,10 @@ impl Driver for Raw {
         &self.children
     }
 
-    fn map(&self, _: Access, range: ByteRange) -> Mapping<'_> {
+    fn map(&self, access: Access, range: ByteRange) -> Mapping<'_> {
+        if self.options.guessed && access == Access::Write && range.start() < SECTOR {
+            return Mapping::Work { len: range.len() };
+        }
         match self.down(range) {
             Ok(r) => Mapping::Child {
                 child: self.child(),
@@ -196,6 +223,9 @@ impl Driver for Raw {
 
     fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
         Box::pin(async move {
+            if self.options.guessed && offset == 0 {
+                refuse_header(&buf)?;
+            }
             let r = self.down(ByteRange::new(offset, buf.len() as u64))?;
             self.child().write(r.start(), buf, flags).await
         })
@@ -239,7 +269,10 @@ impl Driver for Raw {
     }
 
     fn limits(&self) -> Limits {
-        self.below(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 })
+        let l = self.below(|d| d.limits()).unwrap_or(Limits { align: 1, preferred: 4096 });
+        // The first sector is judged as a whole.
+        let align = if self.options.guessed { l.align.max(SECTOR as u32) } else { l.align };
+        Limits { align, ..l }
     }
 
     fn child_perms(&self, _: usize, _: Role, above: Perms, _: bool) -> Perms {
@@ -283,7 +316,8 @@ impl Driver for Raw {
             if let Some(o) = options.as_object_mut() {
                 o.remove("discard");
             }
-            if parse(options)? != self.options {
+            let asked = Options { guessed: self.options.guessed, ..parse(options)? };
+            if asked != self.options {
                 return Err(Error::unsupported(
                     "options 'offset' and 'size' cannot be changed while the node is open",
                 ));

@@ -10,6 +10,8 @@ use gipfel_graph::{BackendOptions, SnapshotSync};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::img::open::guard_guess;
+
 use super::{Daemon, backends, throttle};
 
 #[derive(Deserialize)]
@@ -130,7 +132,8 @@ async fn node_options(
     file: &str,
     read_only: bool,
 ) -> Result<Map<String, Value>> {
-    let (mut node, _) = d.graph.image_options(file, o.format.as_deref()).await?;
+    let (mut node, guessed) = d.graph.image_options(file, o.format.as_deref()).await?;
+    guard_guess(&mut node, guessed && !read_only && !o.snapshot);
     let cache = o.cache.as_deref().unwrap_or("writeback");
     let direct = matches!(cache, "none" | "directsync");
     node.insert("cache".into(), json!({ "direct": direct, "no-flush": cache == "unsafe" }));
@@ -149,7 +152,7 @@ async fn node_options(
 }
 
 /// Puts an overlay over the drive's medium whose file has no name any more once it is open.
-async fn overlay(d: &Daemon, name: &str) -> Result<()> {
+pub async fn overlay(d: &Daemon, name: &str) -> Result<()> {
     let dir = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
     let file = format!("gipfel-{}-{}", std::process::id(), next_name("overlay"));
     let path = std::path::Path::new(&dir).join(file).to_string_lossy().into_owned();

@@ -1,11 +1,11 @@
 //! The storage daemon: the graph, its exports, jobs and objects, and the monitors that command it.
 
 mod address;
-mod backends;
+pub mod backends;
 mod chardev;
 pub mod cli;
 mod commands;
-mod drive;
+pub mod drive;
 mod events;
 mod monitor;
 pub mod objects;
@@ -191,7 +191,8 @@ impl Daemon {
         }
     }
 
-    async fn quit_asked(&self) -> &'static str {
+    /// Waits until the daemon is asked to end; gives the reason, a ShutdownCause.
+    pub async fn quit_asked(&self) -> &'static str {
         loop {
             let l = self.ended.listen();
             if let Some(r) = self.end.get() {
@@ -202,7 +203,7 @@ impl Daemon {
     }
 
     /// The outcome of `f`, unless the daemon is asked to end before.
-    async fn unless_ended<T>(&self, f: impl Future<Output = T>) -> Option<T> {
+    pub async fn unless_ended<T>(&self, f: impl Future<Output = T>) -> Option<T> {
         let (mut f, mut end) = (pin!(f), pin!(self.quit_asked()));
         std::future::poll_fn(|cx| match f.as_mut().poll(cx) {
             Poll::Ready(v) => Poll::Ready(Some(v)),

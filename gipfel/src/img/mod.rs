@@ -9,7 +9,7 @@ mod copy;
 mod create;
 mod info;
 mod map;
-mod open;
+pub mod open;
 mod options;
 mod sparse;
 

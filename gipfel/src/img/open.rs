@@ -100,6 +100,14 @@ pub struct Image {
     pub guessed_raw: bool,
 }
 
+/// Has the format `raw` refuse, where it was `guessed` and is going to be written, what would make
+/// another format's image of it.
+pub fn guard_guess(options: &mut Map<String, Value>, guessed: bool) {
+    if guessed && options.get("driver").and_then(Value::as_str) == Some("raw") {
+        options.insert("guessed".into(), json!(true));
+    }
+}
+
 /// The `-f` and `--image-opts` of a command's image.
 pub fn named<'a>(m: &'a ArgMatches, name: &'a str) -> Result<Named<'a>> {
     let (format, is_options) = (super::text(m, "format"), m.get_flag("image-opts"));
