@@ -17,14 +17,14 @@ class PeerError(Exception):
 class Peer:
     """One running storage daemon that serves the node `top` as the NBD export `x`."""
 
-    def __init__(self, command, folder, blockdevs):
+    def __init__(self, command, folder, blockdevs, more=()):
         self.nbd = os.path.join(folder, "nbd.sock")
         self.control = os.path.join(folder, "qmp.sock")
         self.log = os.path.join(folder, "server.log")
         for path in (self.nbd, self.control):
             if os.path.exists(path):
                 os.unlink(path)
-        args = list(command)
+        args = [*command, *more]
         for b in blockdevs:
             args += ["--blockdev", b]
         args += ["--nbd-server", f"addr.type=unix,addr.path={self.nbd},max-connections=0"]
