@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::child::Child;
 use crate::copies::Copies;
 use crate::debug::Debugger;
+use crate::image::ImageFormat;
 use crate::perm::{Perms, Role, child_perms};
 use crate::snapshot::SnapshotSource;
 use crate::status::Status;
@@ -270,7 +271,13 @@ pub trait Driver: Send + Sync + 'static {
         None
     }
 
-    /// Changes the visible size, in bytes.
+    /// What image tools can change of the image, if it is one of a format that has more than data.
+    fn image_format(&self) -> Option<&dyn ImageFormat> {
+        None
+    }
+
+    /// Changes the visible size, in bytes. What a larger one adds reads as zeros. Nobody uses what
+    /// a smaller one cuts off.
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
         let _ = size;
         Box::pin(async { Err(Error::unsupported("this node cannot be resized")) })

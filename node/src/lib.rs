@@ -13,6 +13,7 @@ pub mod copies;
 pub mod debug;
 pub mod def;
 pub mod driver;
+pub mod image;
 pub mod node;
 pub mod perm;
 pub mod report;
@@ -31,6 +32,7 @@ pub use def::{
 pub use driver::{
     Ability, Access, Driver, DriverInfo, IoFuture, Limits, Mapping, Reopen, WriteFlags, ZeroFlags,
 };
+pub use image::{BackingName, ImageFormat, Preallocation};
 pub use node::Node;
 pub use perm::{Binding, Perm, Perms, Role};
 pub use report::{Report, Reports};

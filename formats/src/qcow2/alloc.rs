@@ -154,7 +154,7 @@ impl Qcow2 {
         Ok(true)
     }
 
-    async fn refcount_of(&self, cluster: u64) -> Result<u64> {
+    pub(super) async fn refcount_of(&self, cluster: u64) -> Result<u64> {
         loop {
             let found = self.refcounts().refcount(&self.refcount_slices, cluster);
             match found {

@@ -7,15 +7,12 @@ use std::sync::Arc;
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
-use gipfel_node::{Child, CreateArgs, WriteFlags, ZeroFlags};
+use gipfel_node::{Child, CreateArgs, Preallocation, WriteFlags, ZeroFlags};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
 use super::header::{COMPRESSION, Compression, Header, LAZY_REFCOUNTS};
-
-/// Zeros are written in pieces of this size, in bytes.
-const PIECE: u64 = 1 << 20;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -132,7 +129,7 @@ impl Options {
         if self.backing_fmt.is_some() && self.backing_file.is_none() {
             return Err(Error::invalid("'backing-fmt' is given without 'backing-file'"));
         }
-        if self.backing_file.is_some() && self.preallocation()? != Preallocation::Off {
+        if self.backing_file.is_some() && self.preallocation()?.is_some() {
             return Err(Error::invalid(
                 "a preallocated image would hide its backing file: leave one of them out",
             ));
@@ -149,28 +146,17 @@ impl Options {
         }
     }
 
-    fn preallocation(&self) -> Result<Preallocation> {
+    fn preallocation(&self) -> Result<Option<Preallocation>> {
         match self.preallocation.as_deref() {
-            None | Some("off") => Ok(Preallocation::Off),
-            Some("metadata") => Ok(Preallocation::Metadata),
-            Some("falloc") => Ok(Preallocation::Falloc),
-            Some("full") => Ok(Preallocation::Full),
+            None | Some("off") => Ok(None),
+            Some("metadata") => Ok(Some(Preallocation::Metadata)),
+            Some("falloc") => Ok(Some(Preallocation::Falloc)),
+            Some("full") => Ok(Some(Preallocation::Full)),
             Some(p) => Err(Error::invalid(format!(
                 "preallocation '{p}' must be 'off', 'metadata', 'falloc' or 'full'"
             ))),
         }
     }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Preallocation {
-    Off,
-    /// Every guest cluster has its host cluster.
-    Metadata,
-    /// And that has its space reserved.
-    Falloc,
-    /// And zeros written to it.
-    Full,
 }
 
 pub(super) async fn create(args: CreateArgs) -> Result<()> {
@@ -220,8 +206,8 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
     file.write(0, Buf::from_slice(&first), WriteFlags::default()).await?;
     file.flush().await?;
     match prealloc {
-        Preallocation::Off => Ok(()),
-        p => preallocate(file, o.size, p).await,
+        None => Ok(()),
+        Some(how) => preallocate(file, o.size, how).await,
     }
 }
 
@@ -254,29 +240,8 @@ async fn write_tables(file: &Arc<Child>, g: Geometry, layout: &Layout) -> Result
 
 /// Gives every guest cluster of the new image its host cluster.
 async fn preallocate(file: Arc<Child>, size: u64, how: Preallocation) -> Result<()> {
-    let image = super::open::open_new(file.clone()).await?;
-    let mut left = ByteRange::new(0, size);
-    while !left.is_empty() {
-        let (n, host) = image.preallocate(left).await?;
-        match how {
-            Preallocation::Falloc => {
-                file.write_zeroes(host, ZeroFlags::default()).await?;
-            }
-            Preallocation::Full => {
-                let mut rest = host;
-                while !rest.is_empty() {
-                    let part = rest.take(PIECE);
-                    let zeros = Buf::zeroed(part.len() as usize);
-                    file.write(part.start(), zeros, WriteFlags::default()).await?;
-                    rest = rest.skip(PIECE);
-                }
-            }
-            Preallocation::Off | Preallocation::Metadata => {}
-        }
-        left = left.skip(n);
-    }
-    // The file reaches to the end of the last cluster, as entries say.
-    image.reach_end().await?;
+    let image = super::open::open_new(file).await?;
+    image.preallocate(ByteRange::new(0, size), how).await?;
     image.close_image().await
 }
 

@@ -365,6 +365,11 @@ impl Header {
         Ok(bytes)
     }
 
+    /// The same without what is for people only: as short as can be.
+    pub(super) fn encode_alone(&self) -> Result<Vec<u8>> {
+        self.encode_with(false)
+    }
+
     fn encode_with(&self, feature_names_too: bool) -> Result<Vec<u8>> {
         let mut b = Vec::new();
         b.extend(MAGIC);

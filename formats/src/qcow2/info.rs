@@ -1,22 +1,16 @@
-//! What the image tells about itself and its ranges; options and sizes that change.
+//! What the image tells about itself and its ranges; options that change.
 
 use std::sync::Arc;
 
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Error, Result};
-use gipfel_io::Buf;
-use gipfel_node::{DebugEvent, DriverInfo, Reopen, Status, WriteFlags, ZeroFlags};
+use gipfel_node::{DriverInfo, Reopen, Status};
 use serde_json::{Value, json};
 
-use super::flush::bytes;
 use super::header::{CORRUPT, DIRTY, LAZY_REFCOUNTS};
 use super::lookup::What;
 use super::options::Options;
 use super::{Flags, Qcow2};
-
-/// Where the disk's size stands in the header; L1 table's size and offset follow 12 bytes later.
-const SIZE_FIELD: u64 = 24;
-const L1_FIELDS: u64 = 36;
 
 impl Qcow2 {
     /// What is known of the first bytes of `range`.
@@ -90,94 +84,5 @@ impl Qcow2 {
         }
         let pass = new.pass_discard_request.unwrap_or(unmap);
         Ok(Box::new(Prepared { flags: self.flags.clone(), unmap, pass }))
-    }
-
-    /// Makes the disk `size` bytes long. What is new reads as zeros.
-    pub(super) async fn grow_to(&self, size: u64) -> Result<()> {
-        let old = self.size.load(Ordering::Acquire);
-        if size < old {
-            return Err(Error::unsupported(
-                "making a qcow2 image smaller is not offered by this version of gipfel",
-            ));
-        }
-        if !size.is_multiple_of(512) {
-            return Err(Error::invalid(format!("size {size} is not a multiple of 512")));
-        }
-        self.g.check_size(size)?;
-        if self.header().snapshots > 0 && self.version < 3 {
-            return Err(Error::unsupported(
-                "an image of version 2 with internal snapshots keeps its size",
-            ));
-        }
-        let entries = self.g.l1_entries(size);
-        if entries > self.l1.len() as u64 {
-            self.move_l1(entries).await?;
-        }
-        let field = Buf::from_slice(&size.to_be_bytes());
-        self.file().write(SIZE_FIELD, field, WriteFlags::default()).await?;
-        self.file().flush().await?;
-        self.header().size = size;
-        self.size.store(size, Ordering::Release);
-        // The backing image must not show through where the disk did not reach before.
-        let covered = self.backing_size().await.min(size);
-        if covered > old {
-            let range = ByteRange::between(old, covered);
-            if self.version >= 3 {
-                self.zero_range(range, ZeroFlags::default()).await?;
-            } else {
-                self.write_zeros(range).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn write_zeros(&self, range: ByteRange) -> Result<()> {
-        const PIECE: u64 = 1 << 20;
-        let mut left = range;
-        while !left.is_empty() {
-            let part = left.take(PIECE);
-            self.write_clusters(part.start(), Buf::zeroed(part.len() as usize)).await?;
-            left = left.skip(PIECE);
-        }
-        Ok(())
-    }
-
-    /// Puts the L1 table into a place for `entries` entries.
-    async fn move_l1(&self, entries: u64) -> Result<()> {
-        self.event(DebugEvent::L1GrowAllocTable).await;
-        let place = self.allocate(self.g.clusters(entries * 8), true).await?;
-        // No entry changes while it is copied.
-        let _alone = self.tables.lock(ByteRange::new(0, u64::MAX)).await;
-        self.flush_all().await?;
-        let table = self.l1.snapshot();
-        let host = place.first << self.g.cluster_bits;
-        let put = async {
-            let buf = Buf::zeroed((place.count << self.g.cluster_bits) as usize);
-            buf.copy_from_buf(0, &bytes(&table));
-            self.event(DebugEvent::L1GrowWriteTable).await;
-            self.file().write(host, buf, WriteFlags::default()).await?;
-            self.file().flush().await?;
-            let mut fields = (entries as u32).to_be_bytes().to_vec();
-            fields.extend(host.to_be_bytes());
-            self.event(DebugEvent::L1GrowActivateTable).await;
-            self.file().write(L1_FIELDS, Buf::from_slice(&fields), WriteFlags::default()).await?;
-            self.file().flush().await
-        };
-        if let Err(e) = put.await {
-            self.unallocate(place).await?;
-            return Err(e);
-        }
-        let (old, len) = {
-            let mut h = self.header();
-            let old = (h.l1_offset, u64::from(h.l1_size) * 8);
-            (h.l1_offset, h.l1_size) = (host, entries as u32);
-            old
-        };
-        self.refcounts().meta.extend(place.first..place.first + place.count);
-        self.l1.grow(entries as usize);
-        if len > 0 {
-            self.let_go_bytes(old, len, false);
-        }
-        Ok(())
     }
 }

@@ -53,6 +53,12 @@ impl L1 {
         self.dirty().insert(index as usize / SECTOR);
     }
 
+    /// Takes the table of entry `index` out.
+    pub(super) fn clear(&self, index: u64) {
+        self.entries()[index as usize].store(0, Ordering::Release);
+        self.dirty().insert(index as usize / SECTOR);
+    }
+
     pub(super) fn len(&self) -> usize {
         self.entries().len()
     }

@@ -11,6 +11,7 @@
 //! - refcounts: under the lock of `refcounts`, for an instant.
 
 mod alloc;
+mod amend;
 pub mod cache;
 pub mod check;
 mod create;
@@ -26,6 +27,7 @@ mod open;
 mod options;
 mod read;
 mod refcounts;
+mod resize;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -38,8 +40,9 @@ use gipfel_base::sync::sync::{Mutex, MutexGuard, PoisonError};
 use gipfel_base::{ByteRange, Error};
 use gipfel_io::{Buf, Epoch, RangeLock};
 use gipfel_node::{
-    Ability, Access, Binding, Child, ChildSpec, DebugEvent, Driver, DriverDef, DriverInfo,
-    IoFuture, Kind, Limits, Mapping, Perms, Reopen, Role, Status, WriteFlags, ZeroFlags,
+    Ability, Access, BackingName, Binding, Child, ChildSpec, DebugEvent, Driver, DriverDef,
+    DriverInfo, ImageFormat, IoFuture, Kind, Limits, Mapping, Perms, Preallocation, Reopen, Role, Status,
+    WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
@@ -221,8 +224,12 @@ impl Driver for Qcow2 {
         Box::pin(async move { if perms.writes() { self.activate().await } else { Ok(()) } })
     }
 
+    fn image_format(&self) -> Option<&dyn ImageFormat> {
+        Some(self)
+    }
+
     fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
-        Box::pin(self.grow_to(size))
+        Box::pin(self.resize_to(size))
     }
 
     fn reopen<'a>(&'a self, options: Value, _: bool) -> IoFuture<'a, Box<dyn Reopen>> {
@@ -235,5 +242,23 @@ impl Driver for Qcow2 {
 
     fn close<'a>(&'a self) -> IoFuture<'a> {
         Box::pin(self.close_image())
+    }
+}
+
+impl ImageFormat for Qcow2 {
+    fn set_backing<'a>(&'a self, backing: Option<BackingName>) -> IoFuture<'a> {
+        Box::pin(self.change_backing(backing))
+    }
+
+    fn make_empty<'a>(&'a self) -> IoFuture<'a> {
+        Box::pin(self.empty())
+    }
+
+    fn preallocate<'a>(&'a self, range: ByteRange, how: Preallocation) -> IoFuture<'a> {
+        Box::pin(Qcow2::preallocate(self, range, how))
+    }
+
+    fn amend<'a>(&'a self, options: Value, progress: &'a dyn Fn(u64, u64)) -> IoFuture<'a> {
+        Box::pin(self.change_options(options, progress))
     }
 }

@@ -4,3 +4,4 @@ mod crash;
 mod disk;
 mod events;
 mod model;
+mod sizes;

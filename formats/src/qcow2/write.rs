@@ -3,7 +3,7 @@
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Result};
 use gipfel_io::Buf;
-use gipfel_node::{DebugEvent, WriteFlags};
+use gipfel_node::{DebugEvent, WriteFlags, ZeroFlags};
 
 use super::Qcow2;
 use super::entry::{COPIED, Cluster};
@@ -209,16 +209,33 @@ impl Qcow2 {
         if n > 0 { self.read_clusters(range.start(), buf.slice(0..n)).await } else { Ok(()) }
     }
 
-    /// Gives the first clusters of `range`, which have none, host clusters without data. Gives
-    /// how many bytes of the disk that covers, and where in the file.
-    pub(super) async fn preallocate(&self, range: ByteRange) -> Result<(u64, ByteRange)> {
-        let span = self.whole(self.piece(range));
-        self.own_table(span.start()).await?;
-        let e = self.allocate(span.len() >> self.g.cluster_bits, false).await?;
-        let len = e.count << self.g.cluster_bits;
-        let host = ByteRange::new(e.first << self.g.cluster_bits, len);
-        self.refer(span.take(len), host.start()).await?;
-        Ok((len, host))
+    /// Gives the first clusters of `range`, which read as zeros, host clusters that do so too,
+    /// unless they have some. Gives how many bytes of the disk that covers, and where in the file
+    /// the new ones lie.
+    pub(super) async fn preallocate_some(&self, range: ByteRange) -> Result<(u64, ByteRange)> {
+        let piece = self.piece(range);
+        let span = self.whole(piece);
+        let _held = self.guests.lock(span).await;
+        loop {
+            self.own_table(span.start()).await?;
+            let n = match self.need(piece)? {
+                Need::Entries => continue,
+                Need::InPlace { len, .. } => return Ok((len, ByteRange::new(0, 0))),
+                Need::Kept { clusters, .. } => {
+                    return Ok((clusters << self.g.cluster_bits, ByteRange::new(0, 0)));
+                }
+                Need::New { clusters } => clusters,
+            };
+            let e = self.allocate(n, false).await?;
+            let len = e.count << self.g.cluster_bits;
+            let host = ByteRange::new(e.first << self.g.cluster_bits, len);
+            if !e.fresh {
+                self.file().write_zeroes(host, ZeroFlags::default()).await?;
+                self.flushing.wrote();
+            }
+            self.refer(span.take(len), host.start()).await?;
+            return Ok((len, host));
+        }
     }
 
     /// Makes the file reach to the end of the last cluster that was ever taken.

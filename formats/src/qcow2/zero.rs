@@ -91,7 +91,7 @@ impl Qcow2 {
     }
 
     /// Changes the entries of whole clusters, slice by slice.
-    async fn each_piece(
+    pub(super) async fn each_piece(
         &self,
         range: ByteRange,
         discard: bool,
