@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
+use gipfel_base::Result;
 use gipfel_filters::{
     BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
     SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
 };
-use gipfel_formats::{LUKS, luks};
+use gipfel_formats::{LUKS, luks, qcow2, raw};
 use gipfel_graph::{ImplicitFilters, Registry};
-use gipfel_node::{DriverDef, Reports};
+use gipfel_node::{DriverDef, ImageSize, Reports};
+
+use serde_json::Value;
 
 use crate::daemon::objects::Objects;
 
@@ -29,6 +32,24 @@ const DRIVERS: [&DriverDef; 14] = [
     &SNAPSHOT_ACCESS,
     &THROTTLE,
 ];
+
+/// Tells how large an image becomes that is made with these options (BlockdevCreateOptions of its
+/// format without `driver`).
+pub type Measure = fn(Value) -> Result<ImageSize>;
+
+/// What measures images of `format`, where that is known.
+pub fn measure(format: &str) -> Option<Measure> {
+    match format {
+        "raw" => Some(raw::measure),
+        "qcow2" => Some(qcow2::measure),
+        _ => None,
+    }
+}
+
+/// Whether images of `format` can hold bitmaps.
+pub fn keeps_bitmaps(format: &str) -> bool {
+    format == qcow2::QCOW2.name
+}
 
 /// The registry of a process whose objects are these and whose drivers report to `reports`.
 pub fn registry(objects: &Objects, reports: &Arc<Reports>) -> Registry {

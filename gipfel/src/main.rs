@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{ArgMatches, Command};
-use gipfel_base::Result;
+use gipfel_base::{Error, Result};
 
 /// Bad usage; the tools that we stand for end with it too.
 const USAGE: u8 = 1;
@@ -34,8 +34,7 @@ fn cli() -> Command {
 
 fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().collect();
-    let called = args.first().and_then(|a| Path::new(a).file_name()?.to_str().map(str::to_owned));
-    let matches = match called.as_deref() {
+    let matches = match called().as_deref() {
         Some("qemu-storage-daemon") => {
             daemon::cli::command("qemu-storage-daemon").try_get_matches_from(args).map(|m| {
                 let name = "storage-daemon".to_owned();
@@ -64,10 +63,21 @@ fn main() -> ExitCode {
     match run(&name, &matches) {
         Ok(code) => code,
         Err(e) => {
-            eprintln!("{}: {e}", called.as_deref().unwrap_or("gipfel"));
+            complain(&e);
             ExitCode::FAILURE
         }
     }
+}
+
+/// The name by which the program was called.
+fn called() -> Option<String> {
+    let first = std::env::args_os().next()?;
+    Path::new(&first).file_name()?.to_str().map(str::to_owned)
+}
+
+/// Tells an error on standard error.
+fn complain(e: &Error) {
+    eprintln!("{}: {e}", called().as_deref().unwrap_or("gipfel"));
 }
 
 fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {

@@ -43,3 +43,28 @@ pub trait ImageFormat {
     /// closed afterwards.
     fn amend<'a>(&'a self, options: Value, progress: &'a dyn Fn(u64, u64)) -> IoFuture<'a>;
 }
+
+/// How large the file of a new image becomes, all in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageSize {
+    /// Size of the disk.
+    pub disk: u64,
+    /// What is stored beside data, for all of the disk.
+    pub overhead: u64,
+    /// Data are stored in pieces of this size.
+    pub unit: u64,
+    /// Whether all of the disk takes space at once, because it is preallocated.
+    pub whole: bool,
+}
+
+impl ImageSize {
+    /// The file's size while `units` pieces hold data.
+    pub fn required(&self, units: u64) -> u64 {
+        if self.whole { self.full() } else { self.overhead + units * self.unit }
+    }
+
+    /// The file's size once all of the disk has been written.
+    pub fn full(&self) -> u64 {
+        self.overhead + self.disk.div_ceil(self.unit) * self.unit
+    }
+}

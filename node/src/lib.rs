@@ -32,7 +32,7 @@ pub use def::{
 pub use driver::{
     Ability, Access, Driver, DriverInfo, IoFuture, Limits, Mapping, Reopen, WriteFlags, ZeroFlags,
 };
-pub use image::{BackingName, ImageFormat, Preallocation};
+pub use image::{BackingName, ImageFormat, ImageSize, Preallocation};
 pub use node::Node;
 pub use perm::{Binding, Perm, Perms, Role};
 pub use report::{Report, Reports};

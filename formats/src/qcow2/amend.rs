@@ -35,12 +35,7 @@ impl Changes {
     /// The header as it is to be. Fails where that cannot be.
     fn apply(&self, old: &Header) -> Result<Header> {
         let mut new = old.clone();
-        let same = |name: &Option<String>, now: &Option<String>| match name {
-            Some(n) => n == now.as_deref().unwrap_or_default(),
-            None => true,
-        };
-        if !same(&self.backing_file, &old.backing) || !same(&self.backing_fmt, &old.backing_format)
-        {
+        if self.backing_file.is_some() || self.backing_fmt.is_some() {
             return Err(Error::invalid(
                 "the backing file is not changed in this way, for the disk would show something \
                  else: use 'gipfel img rebase'",
@@ -110,9 +105,8 @@ impl Qcow2 {
         options: Value,
         progress: &dyn Fn(u64, u64),
     ) -> Result<()> {
-        let changes: Changes = serde_json::from_value(options).map_err(|e| {
-            Error::invalid(format!("options that a qcow2 image can change: {e}"))
-        })?;
+        let changes: Changes = serde_json::from_value(options)
+            .map_err(|e| Error::invalid(format!("options that a qcow2 image can change: {e}")))?;
         let old = self.header().clone();
         let version = changes.apply(&old)?.version;
         if let Some(size) = changes.size {

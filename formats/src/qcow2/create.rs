@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
-use gipfel_node::{Child, CreateArgs, Preallocation, WriteFlags, ZeroFlags};
+use gipfel_node::{Child, CreateArgs, ImageSize, Preallocation, WriteFlags, ZeroFlags};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -55,10 +55,14 @@ struct Layout {
 impl Layout {
     /// The smallest layout for `l1_entries`.
     fn new(g: Geometry, l1_entries: u64) -> Layout {
-        let l1 = g.clusters(l1_entries * 8);
+        Layout::with(g, g.clusters(l1_entries * 8), 0)
+    }
+
+    /// The smallest one in which `others` clusters more are counted.
+    fn with(g: Geometry, l1: u64, others: u64) -> Layout {
         let mut l = Layout { reftable: 1, blocks: 1, l1 };
         loop {
-            let blocks = l.total().div_ceil(g.block_entries());
+            let blocks = (l.total() + others).div_ceil(g.block_entries());
             let reftable = g.clusters(blocks * 8);
             if (l.blocks, l.reftable) == (blocks, reftable) {
                 return l;
@@ -209,6 +213,24 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
         None => Ok(()),
         Some(how) => preallocate(file, o.size, how).await,
     }
+}
+
+/// How large the file of an image that is made with these options becomes.
+pub fn measure(options: Value) -> Result<ImageSize> {
+    let o: Options = serde_json::from_value(options)
+        .map_err(|e| Error::invalid(format!("options to create a qcow2 image: {e}")))?;
+    let g = o.geometry()?;
+    o.check(g)?;
+    let data = g.clusters(o.size);
+    let tables = data.div_ceil(g.l2_entries());
+    let overhead = Layout::with(g, g.clusters(g.l1_entries(o.size) * 8), tables + data).total();
+    let ready = matches!(o.preallocation()?, Some(Preallocation::Falloc | Preallocation::Full));
+    Ok(ImageSize {
+        disk: o.size,
+        overhead: (overhead + tables) << g.cluster_bits,
+        unit: g.cluster_size(),
+        whole: ready,
+    })
 }
 
 /// Empties the file and writes all but the header.

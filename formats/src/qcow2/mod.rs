@@ -41,10 +41,12 @@ use gipfel_base::{ByteRange, Error};
 use gipfel_io::{Buf, Epoch, RangeLock};
 use gipfel_node::{
     Ability, Access, BackingName, Binding, Child, ChildSpec, DebugEvent, Driver, DriverDef,
-    DriverInfo, ImageFormat, IoFuture, Kind, Limits, Mapping, Perms, Preallocation, Reopen, Role, Status,
-    WriteFlags, ZeroFlags,
+    DriverInfo, ImageFormat, IoFuture, Kind, Limits, Mapping, Perms, Preallocation, Reopen, Role,
+    Status, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
+
+pub use create::measure;
 
 use cache::TableCache;
 use geometry::Geometry;

@@ -9,8 +9,8 @@ use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
 use gipfel_node::{
     Ability, Access, Binding, Child, ChildSpec, CreateArgs, DebugEvent, Driver, DriverDef,
-    DriverInfo, IoFuture, Kind, Limits, Mapping, OpenArgs, Opened, Perms, Reopen, Role, Status,
-    WriteFlags, ZeroFlags,
+    DriverInfo, ImageSize, IoFuture, Kind, Limits, Mapping, OpenArgs, Opened, Perms, Reopen, Role,
+    Status, WriteFlags, ZeroFlags,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -98,6 +98,13 @@ fn window(o: &Options, below: u64) -> Result<u64> {
         )));
     }
     Ok(size)
+}
+
+/// How large the file of an image that is made with these options becomes: as large as the disk.
+pub fn measure(options: Value) -> Result<ImageSize> {
+    let disk = options.get("size").and_then(Value::as_u64);
+    let disk = disk.ok_or_else(|| Error::invalid("option 'size' is missing"))?;
+    Ok(ImageSize { disk, overhead: 0, unit: gipfel_base::units::SECTOR, whole: true })
 }
 
 /// Gives the file its size; the file is the image.

@@ -1,25 +1,22 @@
 //! `img convert`: images copied into a new one (or, with -n, into one that is there).
 
-use std::cell::OnceCell;
-use std::pin::pin;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::{Arg, ArgMatches, Command};
 use gipfel_base::units::parse_size;
 use gipfel_base::{ByteRange, Error, Result, ResultExt};
 use gipfel_graph::Graph;
-use gipfel_io::signals::{REPORT, Signals, TERMINATION};
-use gipfel_io::{Buf, Handle, Runtime, time};
+use gipfel_io::{Buf, Handle};
 use gipfel_node::{Node, Role};
 
-use super::copy::{Copy, MAX_WORKERS, Options, Source};
+use super::copy::{Copy, MAX_WORKERS, Options, Salvage, Source, WORKERS};
 use super::create::{self, New};
-use super::open::{self, Cache, Image, Named};
+use super::open::{self, Cache, Named};
 use super::options::{self, Asked, Given};
-use super::{Either, first_of, text, texts, whole_sectors};
+use super::progress::Progress;
+use super::{text, texts, whole_sectors};
 use crate::daemon::cli::default_io_threads;
 
 const EXAMPLES: &str = "\
@@ -32,24 +29,19 @@ Examples:
 The target is overwritten, unless it is in use. A copy that fails or is interrupted leaves a
 target that holds part of the disk only.";
 
-/// Pieces under way at once, unless -m says otherwise.
-const WORKERS: usize = 8;
 /// Shortest run of zeros that is left out, unless -S says otherwise, in bytes.
 const SHORTEST_HOLE: u64 = 4096;
 /// The most that -S takes, in bytes.
 const MAX_SHORTEST_HOLE: u64 = 16 << 20;
 /// Bytes by which formats are recognised.
 const PROBED: u64 = 2048;
-/// How often progress is shown.
-const PROGRESS: Duration = Duration::from_millis(100);
 
 /// Options that are known and not offered, with what they would do.
-const MISSING: [(&str, Option<char>, bool, &str); 5] = [
+const MISSING: [(&str, Option<char>, bool, &str); 4] = [
     ("source-snapshot", Some('l'), true, "copying an internal snapshot"),
     ("compress", Some('c'), false, "writing compressed images"),
     ("bitmaps", None, false, "copying bitmaps"),
     ("skip-broken-bitmaps", None, false, "copying bitmaps"),
-    ("salvage", None, false, "going on after read errors"),
 ];
 
 /// The definition of the command line.
@@ -97,8 +89,8 @@ pub fn command() -> Command {
             Some('C'),
             "Do not search data for zeros (and copy as always)",
         ))
-        .arg(super::flag("progress", Some('p'), "Show the progress"))
-        .arg(super::flag("quiet", Some('q'), "Print nothing but errors"))
+        .arg(super::flag("salvage", None, "Take what cannot be read for zeros, and go on"))
+        .args(super::progress_args())
         .arg(
             Arg::new("files")
                 .value_name("SOURCE... TARGET")
@@ -129,6 +121,7 @@ struct Asking<'a> {
     workers: usize,
     any_order: bool,
     rate: Option<u64>,
+    salvage: Option<Salvage>,
     progress: bool,
 }
 
@@ -149,20 +142,11 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
     };
     let asking = asking(m, format, given)?;
     let target = asking.target.name;
-    let mut taken = TERMINATION.to_vec();
-    taken.push(REPORT);
-    let signals = Signals::take(&taken)?;
-    let runtime = Runtime::new(default_io_threads())?;
     let objects = super::objects(m)?;
     let left = format!("'{target}' holds a part of the disk only");
-    let threads = runtime.io_threads();
-    let under_way: OnceCell<Arc<Copy>> = OnceCell::new();
-    let report = || match under_way.get() {
-        Some(copy) => eprintln!("    ({:.2}/100%)", copy.progress() * 100.0),
-        None => eprintln!("    (0.00/100%)"),
-    };
-    super::with_signals(&runtime, &signals, &objects, &left, report, async |graph| {
-        convert(&graph, asking, &threads, &under_way).await?;
+    let progress = Progress::new();
+    super::watched(&objects, &left, default_io_threads(), &progress, async |graph, threads| {
+        convert(&graph, asking, &threads, &progress).await?;
         Ok(ExitCode::SUCCESS)
     })
 }
@@ -192,6 +176,9 @@ fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<As
     }
     if flag("copy-range-offloading") && text(m, "sparse-size").is_some() {
         return Err(Error::invalid("-C searches no data for zeros, and -S tells how: give one"));
+    }
+    if flag("copy-range-offloading") && flag("salvage") {
+        return Err(Error::invalid("-C and --salvage cannot be given together"));
     }
     if !flag("target-image-opts") {
         create::set_backing(&mut given, format, m)?;
@@ -225,8 +212,9 @@ fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<As
         search: !flag("copy-range-offloading"),
         workers: workers(text(m, "parallel"))?,
         any_order: flag("oob-writes"),
-        rate: text(m, "rate").map(|r| parse_size(r).at(|| "-r")).transpose()?.filter(|r| *r > 0),
-        progress: flag("progress") && !flag("quiet"),
+        rate: super::rate(m)?,
+        salvage: flag("salvage").then_some(Salvage { quiet: flag("quiet") }),
+        progress: super::shows(m),
     })
 }
 
@@ -253,7 +241,7 @@ async fn convert(
     graph: &Rc<Graph>,
     a: Asking<'_>,
     threads: &[Handle],
-    under_way: &OnceCell<Arc<Copy>>,
+    progress: &Arc<Progress>,
 ) -> Result<()> {
     if !a.target.is_options {
         graph.registry().get(a.format)?;
@@ -262,7 +250,7 @@ async fn convert(
     let (mut at, mut end) = (0u64, 0);
     for (i, n) in a.sources.iter().enumerate() {
         let image = open::open(graph, *n, &format!("source{i}")).await?;
-        refuse_same_file(graph, &image, n.name, a.target).await?;
+        create::refuse_same_file(graph, &image, n.name, a.target.name).await?;
         let size = image.node.size();
         end = at + size;
         sources.push(Source {
@@ -295,10 +283,11 @@ async fn convert(
         refuse_header(graph, &sources[0], a.target.name).await?;
     }
     let fresh = is_new && target.node.driver().reads_zero_when_new();
-    let copy = Copy::new(Options {
+    let options = Options {
         len: at.min(target.node.size()),
         is_zero: a.is_zero || fresh && !has_backing(&target.node).await,
         sources,
+        layered: false,
         target: target.backend.clone(),
         target_name: a.target.name.to_owned(),
         on_backing: a.on_backing,
@@ -306,35 +295,11 @@ async fn convert(
         search: a.search,
         any_order: a.any_order,
         rate: a.rate,
-    });
-    let copy = under_way.get_or_init(|| copy);
-    run_copy(copy, threads, a.workers, a.progress).await?;
-    target.backend.flush().await.at(|| format!("writing '{}'", a.target.name))
-}
-
-async fn run_copy(
-    copy: &Arc<Copy>,
-    threads: &[Handle],
-    workers: usize,
-    progress: bool,
-) -> Result<()> {
-    let mut run = pin!(copy.run(threads, workers));
-    if !progress {
-        return run.await;
-    }
-    let show = |share: f64| super::print(&format!("    ({:.2}/100%)\r", share * 100.0));
-    show(0.0)?;
-    let done = loop {
-        match first_of(run.as_mut(), time::sleep(PROGRESS)).await {
-            Either::Left(done) => break done,
-            Either::Right(_) => show(copy.progress())?,
-        }
+        salvage: a.salvage,
     };
-    if done.is_ok() {
-        show(1.0)?;
-    }
-    super::print("\n")?;
-    done
+    let copy = Copy::new(options, progress);
+    progress.shown_whole(a.progress, copy.run(threads, a.workers)).await?;
+    target.backend.flush().await.at(|| format!("writing '{}'", a.target.name))
 }
 
 async fn has_backing(node: &Node) -> bool {
@@ -343,21 +308,6 @@ async fn has_backing(node: &Node) -> bool {
         Some(child) => child.node().await.is_some(),
         None => false,
     }
-}
-
-/// Locks keep the target from being a source; where they are left out (-U), this does.
-async fn refuse_same_file(
-    graph: &Rc<Graph>,
-    source: &Image,
-    name: &str,
-    target: Named<'_>,
-) -> Result<()> {
-    let path = target.name.strip_prefix("file:").unwrap_or(target.name);
-    let files = graph.chain_files(source.node.name()).await?;
-    if files.iter().any(|f| create::same_file(f, path)) {
-        return Err(Error::invalid(format!("'{path}' is what '{name}' is read from")));
-    }
-    Ok(())
 }
 
 /// A raw image that was only guessed to be one does not get another format's header, which would

@@ -1,4 +1,4 @@
-//! The copying of `img convert`: several workers on the I/O threads, each with a piece of the disk.
+//! The copying of `img convert` and `img commit`: several workers on the I/O threads, each with a piece of the disk.
 //!
 //! One cursor hands the pieces out in order. Reads go on side by side; writes begin in the order
 //! of the disk, so that a format lays its clusters out that way, unless that is waived.
@@ -8,14 +8,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 
 use event_listener::Event;
-use gipfel_base::units::{KIB, MIB};
+use gipfel_base::units::{KIB, MIB, SECTOR};
 use gipfel_base::{ByteRange, Error, Result, ResultExt};
 use gipfel_graph::Backend;
 use gipfel_io::{Buf, Handle, time};
-use gipfel_node::{IoFuture, ZeroFlags};
+use gipfel_node::{IoFuture, Status, ZeroFlags};
 
+use super::progress::Progress;
 use super::sparse;
 
+/// Pieces under way at once, unless more or fewer are asked for.
+pub const WORKERS: usize = 8;
 /// Pieces under way at once, at most.
 pub const MAX_WORKERS: usize = 16;
 /// Data are copied in pieces of this size, in bytes, unless longer holes are looked for: those
@@ -39,8 +42,11 @@ pub struct Source {
 
 /// What is copied, and how.
 pub struct Options {
-    /// The sources, one after the other.
+    /// The sources, one after the other, or as layers.
     pub sources: Vec<Source>,
+    /// Whether the sources are layers of one disk, the topmost first, each of which decides what
+    /// is read where it is allocated. What none decides is left as it is.
+    pub layered: bool,
     /// The target, at least as long as they are together.
     pub target: Arc<Backend>,
     /// What messages call it.
@@ -60,6 +66,15 @@ pub struct Options {
     pub any_order: bool,
     /// Bytes a second at most.
     pub rate: Option<u64>,
+    /// What cannot be read of the sources is taken for zeros, and told; told to nobody if `quiet`.
+    pub salvage: Option<Salvage>,
+}
+
+/// How unreadable parts are dealt with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Salvage {
+    /// Nothing is printed of them.
+    pub quiet: bool,
 }
 
 /// A copy under way.
@@ -71,7 +86,7 @@ pub struct Copy {
     /// Told of each turn: the one of the piece's number modulo [`MAX_WORKERS`]. Pieces that wait
     /// have successive numbers, and there is one for each worker at most.
     turned: [Event; MAX_WORKERS],
-    done: AtomicU64,
+    progress: Arc<Progress>,
     stopped: AtomicBool,
     failed: Mutex<Option<Error>>,
 }
@@ -82,7 +97,7 @@ struct Cursor {
     at: u64,
     number: u64,
     /// What is known from `at` on.
-    known: Option<(ByteRange, Kind)>,
+    known: Option<Known>,
     /// When the next data may be read.
     due: Option<time::Instant>,
 }
@@ -97,32 +112,33 @@ enum Kind {
     Same,
 }
 
-struct Piece {
-    number: u64,
-    /// Index of the source; none for padding.
-    source: Option<usize>,
+/// A range that is alike throughout.
+#[derive(Clone, Copy)]
+struct Known {
     range: ByteRange,
     kind: Kind,
+    /// Index of the source; none for padding.
+    source: Option<usize>,
+}
+
+struct Piece {
+    number: u64,
+    known: Known,
 }
 
 impl Copy {
     /// A copy that has not begun.
-    pub fn new(options: Options) -> Arc<Copy> {
+    pub fn new(options: Options, progress: &Arc<Progress>) -> Arc<Copy> {
+        progress.set_total(options.len);
         Arc::new(Copy {
             options,
             cursor: async_lock::Mutex::default(),
             turn: AtomicU64::new(0),
             turned: std::array::from_fn(|_| Event::new()),
-            done: AtomicU64::new(0),
+            progress: progress.clone(),
             stopped: AtomicBool::new(false),
             failed: Mutex::default(),
         })
-    }
-
-    /// How much is done, of 1.
-    pub fn progress(&self) -> f64 {
-        let len = self.options.len.max(1);
-        self.done.load(Ordering::Relaxed) as f64 / len as f64
     }
 
     /// Copies with `workers` pieces (at most [`MAX_WORKERS`]) under way, on these threads.
@@ -166,46 +182,49 @@ impl Copy {
             if c.at >= self.options.len {
                 return Ok(None);
             }
-            let source = self.options.sources.iter().position(|s| s.range.contains(at(c.at)));
-            let (range, kind) = match c.known.take() {
+            let known = match c.known.take() {
                 Some(k) => k,
-                None => self.look(source, c.at).await?,
+                None if self.options.layered => self.look_down(c.at).await?,
+                None => self.look(c.at).await?,
             };
+            let Known { range, kind, .. } = known;
             let piece = self.cut(range, kind);
             c.at = piece.end();
             let rest = range.skip(piece.len());
-            c.known = (!rest.is_empty()).then_some((rest, kind));
+            c.known = (!rest.is_empty()).then_some(Known { range: rest, ..known });
             let writes = match kind {
                 Kind::Data => true,
                 Kind::Zero => !self.options.is_zero || self.options.shortest_hole == 0,
                 Kind::Same => false,
             };
             if !writes {
-                self.done.fetch_add(piece.len(), Ordering::Relaxed);
+                self.progress.add(piece.len());
                 continue;
             }
             if kind == Kind::Data {
                 self.pace(&mut c, piece.len()).await;
             }
             c.number += 1;
-            return Ok(Some(Piece { number: c.number - 1, source, range: piece, kind }));
+            let known = Known { range: piece, ..known };
+            return Ok(Some(Piece { number: c.number - 1, known }));
         }
     }
 
-    /// What is known of the disk from `at` on.
-    async fn look(&self, source: Option<usize>, at: u64) -> Result<(ByteRange, Kind)> {
+    /// What is known of the disk from `start` on.
+    async fn look(&self, start: u64) -> Result<Known> {
         let o = &self.options;
-        let Some(source) = source.map(|i| &o.sources[i]) else {
-            let next = o.sources.iter().map(|s| s.range.start()).filter(|s| *s > at).min();
-            return Ok((ByteRange::between(at, next.unwrap_or(o.len)), Kind::Zero));
+        let index = o.sources.iter().position(|s| s.range.contains(at(start)));
+        let Some(source) = index.map(|i| &o.sources[i]) else {
+            let next = o.sources.iter().map(|s| s.range.start()).filter(|s| *s > start).min();
+            let range = ByteRange::between(start, next.unwrap_or(o.len));
+            return Ok(Known { range, kind: Kind::Zero, source: None });
         };
-        let rest = ByteRange::between(at, source.range.end());
+        let rest = ByteRange::between(start, source.range.end());
         if o.shortest_hole == 0 && !o.on_backing {
-            return Ok((rest, Kind::Data));
+            return Ok(Known { range: rest, kind: Kind::Data, source: index });
         }
-        let below = ByteRange::new(at - source.range.start(), rest.len());
-        let status = source.backend.status(below).await;
-        let (s, depth) = status.at(|| format!("looking at '{}'", source.name))?;
+        let below = ByteRange::new(start - source.range.start(), rest.len());
+        let (s, depth) = self.status(source, below).await?;
         let mut known = rest.take(s.len);
         let from_backing = source.has_backing && (depth > 0 || !s.allocated);
         let mut kind = if s.zero { Kind::Zero } else { Kind::Data };
@@ -220,7 +239,45 @@ impl Copy {
                 _ => kind,
             };
         }
-        Ok((known, kind))
+        Ok(Known { range: known, kind, source: index })
+    }
+
+    /// What the layers say of the disk from `start` on.
+    async fn look_down(&self, start: u64) -> Result<Known> {
+        let mut range = ByteRange::between(start, self.options.len);
+        for (i, s) in self.options.sources.iter().enumerate() {
+            if start >= s.range.end() {
+                // A layer that ends before those above it shows zeros there.
+                return Ok(Known { range, kind: Kind::Zero, source: None });
+            }
+            range = range.take(s.range.end() - start);
+            let (status, _) = self.status(s, range).await?;
+            range = range.take(status.len);
+            if status.allocated {
+                let kind = if status.zero { Kind::Zero } else { Kind::Data };
+                return Ok(Known { range, kind, source: Some(i) });
+            }
+        }
+        Ok(Known { range, kind: Kind::Same, source: None })
+    }
+
+    /// What is known of a part of a source; where that cannot be found out, it is to be read when
+    /// reading goes on after errors.
+    async fn status(&self, source: &Source, range: ByteRange) -> Result<(Status, u32)> {
+        let found = source.backend.status(range).await;
+        match found.at(|| format!("looking at '{}'", source.name)) {
+            Err(e) if self.options.salvage.is_some() => {
+                self.tell_salvaged(&e);
+                Ok((Status::data(range.take(PIECE).len(), None), 0))
+            }
+            r => r,
+        }
+    }
+
+    fn tell_salvaged(&self, e: &Error) {
+        if self.options.salvage.is_some_and(|s| !s.quiet) {
+            eprintln!("warning: {e}");
+        }
     }
 
     /// The first piece of a range, ending at a round place.
@@ -247,22 +304,17 @@ impl Copy {
 
     async fn copy(&self, p: Piece) -> Result<()> {
         let o = &self.options;
-        let buf = match (p.kind, p.source) {
-            (Kind::Data, Some(i)) => {
-                let s = &o.sources[i];
-                let buf = Buf::new(p.range.len() as usize);
-                let read = s.backend.read(p.range.start() - s.range.start(), buf.clone()).await;
-                read.at(|| format!("reading '{}'", s.name))?;
-                Some(buf)
-            }
+        let Known { range, kind, source } = p.known;
+        let buf = match (kind, source) {
+            (Kind::Data, Some(i)) => Some(self.read(&o.sources[i], range).await?),
             _ => None,
         };
         let mut writes: Vec<IoFuture<'_>> = Vec::new();
         match &buf {
             Some(buf) => {
                 let shortest = if o.search { o.shortest_hole } else { 0 };
-                for (at, len, data) in sparse::split(buf, p.range.start(), shortest as usize) {
-                    let start = p.range.start() + at as u64;
+                for (at, len, data) in sparse::split(buf, range.start(), shortest as usize) {
+                    let start = range.start() + at as u64;
                     if data {
                         let part = buf.slice(at..at + len);
                         writes.push(Box::pin(o.target.write(start, part, false)));
@@ -271,12 +323,40 @@ impl Copy {
                     }
                 }
             }
-            None => writes.push(self.zero(p.range)),
+            None => writes.push(self.zero(range)),
         }
         let written = self.in_turn(p.number, writes).await;
-        written.at(|| format!("writing '{}' at {:#x}", o.target_name, p.range.start()))?;
-        self.done.fetch_add(p.range.len(), Ordering::Relaxed);
+        written.at(|| format!("writing '{}' at {:#x}", o.target_name, range.start()))?;
+        self.progress.add(range.len());
         Ok(())
+    }
+
+    /// Reads `range` of the disk from a source.
+    async fn read(&self, s: &Source, range: ByteRange) -> Result<Buf> {
+        let buf = Buf::new(range.len() as usize);
+        let from = range.start() - s.range.start();
+        let read = s.backend.read(from, buf.clone()).await;
+        match read.at(|| format!("reading '{}'", s.name)) {
+            Err(_) if self.options.salvage.is_some() => self.salvage(s, from, &buf).await,
+            r => r?,
+        }
+        Ok(buf)
+    }
+
+    /// Reads again what can be read, sector by sector, and takes the rest for zeros.
+    async fn salvage(&self, s: &Source, from: u64, buf: &Buf) {
+        let mut left = buf.clone();
+        let mut at = from;
+        while !left.is_empty() {
+            let n = (SECTOR - at % SECTOR).min(left.len() as u64);
+            let rest = left.split_off(n as usize);
+            let read = s.backend.read(at, left.clone()).await;
+            if let Err(e) = read.at(|| format!("{n} bytes at {at:#x} of '{}' are lost", s.name)) {
+                self.tell_salvaged(&e);
+                left.fill(0);
+            }
+            (at, left) = (at + n, rest);
+        }
     }
 
     /// Makes a range of the target read as zeros, by writing them if nothing is to be left out.

@@ -10,7 +10,7 @@ use gipfel_base::{Error, Result, ResultExt};
 use gipfel_graph::{Graph, relative_to};
 use serde_json::json;
 
-use super::open::{Named, find, open};
+use super::open::{Image, Named, find, open};
 use super::options::{self, Asked, Given};
 
 const EXAMPLES: &str = "\
@@ -156,6 +156,22 @@ pub fn same_file(a: &str, b: &str) -> bool {
     a == b || identity(a).is_some_and(|a| identity(b) == Some(a))
 }
 
+/// Locks keep an image that is going to be made from being one that is read; where they are left
+/// out (-U), this does.
+pub async fn refuse_same_file(
+    graph: &Rc<Graph>,
+    source: &Image,
+    name: &str,
+    target: &str,
+) -> Result<()> {
+    let path = target.strip_prefix("file:").unwrap_or(target);
+    let files = graph.chain_files(source.node.name()).await?;
+    if files.iter().any(|f| same_file(f, path)) {
+        return Err(Error::invalid(format!("'{path}' is what '{name}' is read from")));
+    }
+    Ok(())
+}
+
 /// The size of an image, its whole chain looked at.
 async fn size_of(graph: &Rc<Graph>, name: &str, format: &str) -> Result<u64> {
     let named = Named { name, format: Some(format), share: true, ..Named::default() };
@@ -163,7 +179,8 @@ async fn size_of(graph: &Rc<Graph>, name: &str, format: &str) -> Result<u64> {
     Ok(image.node.size())
 }
 
-async fn no_backing_format(graph: &Rc<Graph>, name: &str) -> Error {
+/// Why the image `name` must have its format said where another one is to stand on it.
+pub async fn no_backing_format(graph: &Rc<Graph>, name: &str) -> Error {
     let named = Named { name, share: true, ..Named::default() };
     let seems = match find(graph, named).await {
         Ok(found) => format!("; '{name}' looks like {}", found.driver()),

@@ -47,7 +47,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
 }
 
 /// ImageInfo of an image and, if asked for, of the images below it.
-async fn chain(graph: &Rc<Graph>, top: Named<'_>, whole: bool) -> Result<Vec<Value>> {
+pub async fn chain(graph: &Rc<Graph>, top: Named<'_>, whole: bool) -> Result<Vec<Value>> {
     let mut list: Vec<Value> = Vec::new();
     let mut seen = vec![top.name.to_owned()];
     let mut next = look(graph, top).await?;

@@ -3,15 +3,25 @@
 //! Options, JSON and exit codes are those of qemu-img(1), so that scripts run unchanged. What of
 //! it is not offered yet is refused by name.
 
+mod amend;
+mod bench;
 mod check;
+mod commit;
+mod compare;
 mod convert;
 mod copy;
 mod create;
+mod dd;
 mod info;
 mod map;
+mod measure;
 pub mod open;
 mod options;
+mod progress;
+mod rebase;
+mod resize;
 mod sparse;
+mod view;
 
 use std::future::Future;
 use std::io::Write;
@@ -22,22 +32,40 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use gipfel_base::units::parse_size;
 use gipfel_base::{Error, Result, ResultExt};
 use gipfel_graph::Graph;
-use gipfel_io::Runtime;
 use gipfel_io::signals::{REPORT, Signals, TERMINATION};
+use gipfel_io::{Handle, Runtime};
 use gipfel_qmp::Schema;
 use gipfel_qmp::keyval::Style;
 use serde_json::Value;
 
 use crate::daemon::objects::Objects;
 use crate::drivers;
+use progress::Progress;
+
+/// A command: its definition and what carries it out.
+type Tool = (fn() -> Command, fn(&ArgMatches) -> Result<ExitCode>);
+
+const TOOLS: [Tool; 13] = [
+    (create::command, create::run),
+    (info::command, info::run),
+    (convert::command, convert::run),
+    (check::command, check::run),
+    (map::command, map::run),
+    (compare::command, compare::run),
+    (resize::command, resize::run),
+    (measure::command, measure::run),
+    (dd::command, dd::run),
+    (rebase::command, rebase::run),
+    (commit::command, commit::run),
+    (bench::command, bench::run),
+    (amend::command, amend::run),
+];
 
 /// Commands of qemu-img(1) that this version does not have.
-const MISSING: [&str; 10] = [
-    "amend", "bench", "bitmap", "commit", "compare", "dd", "measure", "rebase", "resize",
-    "snapshot",
-];
+const MISSING: [&str; 2] = ["bitmap", "snapshot"];
 
 const EXAMPLES: &str = "\
 Examples:
@@ -46,6 +74,8 @@ Examples:
   gipfel img convert -p -O raw disk.qcow2 disk.raw
   gipfel img check disk.qcow2
   gipfel img map --output=json disk.raw
+  gipfel img compare disk.qcow2 disk.raw
+  gipfel img resize disk.qcow2 +10G
 
 Called by the name qemu-img it does the same.";
 
@@ -59,11 +89,7 @@ pub fn command(name: &'static str) -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .disable_help_subcommand(true)
-        .subcommand(create::command())
-        .subcommand(info::command())
-        .subcommand(convert::command())
-        .subcommand(check::command())
-        .subcommand(map::command());
+        .subcommands(TOOLS.iter().map(|(define, _)| define()));
     for name in MISSING {
         let rest = Arg::new("rest").num_args(0..).trailing_var_arg(true).allow_hyphen_values(true);
         c = c.subcommand(Command::new(name).hide(true).disable_help_flag(true).arg(rest));
@@ -73,17 +99,16 @@ pub fn command(name: &'static str) -> Command {
 
 /// Carries out a command.
 pub fn run(m: &ArgMatches) -> Result<ExitCode> {
-    match m.subcommand() {
-        Some(("create", m)) => create::run(m),
-        Some(("info", m)) => info::run(m),
-        Some(("convert", m)) => convert::run(m),
-        Some(("check", m)) => check::run(m),
-        Some(("map", m)) => map::run(m),
-        Some((name, _)) => Err(Error::unsupported(format!(
-            "command '{name}' is not offered by this version; \
-             it has create, info, convert, check and map"
-        ))),
-        None => unreachable!("clap asks for a command"),
+    let Some((name, m)) = m.subcommand() else { unreachable!("clap asks for a command") };
+    match TOOLS.iter().find(|(define, _)| define().get_name() == name) {
+        Some((_, run)) => run(m),
+        None => {
+            let names: Vec<_> = TOOLS.iter().map(|(d, _)| d().get_name().to_owned()).collect();
+            Err(Error::unsupported(format!(
+                "command '{name}' is not offered by this version; it has {}",
+                names.join(", ")
+            )))
+        }
     }
 }
 
@@ -150,6 +175,34 @@ enum Output {
     Json,
 }
 
+/// `-p` and `-q`.
+fn progress_args() -> [Arg; 2] {
+    [
+        flag("progress", Some('p'), "Show the progress"),
+        flag("quiet", Some('q'), "Print nothing but errors"),
+    ]
+}
+
+/// Whether progress is shown.
+fn shows(m: &ArgMatches) -> bool {
+    m.get_flag("progress") && !m.get_flag("quiet")
+}
+
+/// `-r`: bytes a second at most.
+fn rate(m: &ArgMatches) -> Result<Option<u64>> {
+    Ok(number(m, "rate", 0, u64::MAX)?.filter(|r| *r > 0))
+}
+
+/// A number between `least` and `most`, given as the option `name` in the form of a size.
+fn number(m: &ArgMatches, name: &str, least: u64, most: u64) -> Result<Option<u64>> {
+    let Some(text) = text(m, name) else { return Ok(None) };
+    let n = parse_size(text).at(|| format!("--{name}"))?;
+    if !(least..=most).contains(&n) {
+        return Err(Error::invalid(format!("--{name} {text}: take {least} to {most}")));
+    }
+    Ok(Some(n))
+}
+
 fn output_arg() -> Arg {
     value("output", None, "human|json", "How the result is shown (default: human)")
 }
@@ -188,30 +241,36 @@ fn on_graph(
     left: &str,
     command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
-    let signals = Signals::take(&TERMINATION)?;
-    with_signals(&Runtime::new(0)?, &signals, &objects(m)?, left, || {}, command)
+    let objects = objects(m)?;
+    watched(&objects, left, 0, &Progress::new(), async |graph, _| command(graph).await)
 }
 
-/// The same with a runtime and signals made before; `report` is called when a signal asks for it.
-fn with_signals(
-    runtime: &Runtime,
-    signals: &Signals,
+/// The same for a command that uses `threads` I/O threads, with objects made before. `progress` is
+/// told when a signal asks for it.
+fn watched(
     objects: &Objects,
     left: &str,
-    report: impl Fn(),
-    command: impl AsyncFnOnce(Rc<Graph>) -> Result<ExitCode>,
+    threads: usize,
+    progress: &Progress,
+    command: impl AsyncFnOnce(Rc<Graph>, Vec<Handle>) -> Result<ExitCode>,
 ) -> Result<ExitCode> {
+    let mut taken = TERMINATION.to_vec();
+    taken.push(REPORT);
+    // Before there is another thread.
+    let signals = Signals::take(&taken)?;
+    let runtime = Runtime::new(threads)?;
+    let handles = runtime.io_threads();
     runtime.block_on(async {
         let graph = Graph::new(drivers::registry(objects, &Arc::default()));
         let work = async {
-            let done = command(graph.clone()).await;
+            let done = command(graph.clone(), handles).await;
             let closed = graph.close_all().await;
             done.and_then(|code| closed.map(|()| code))
         };
         let ended = async {
             loop {
                 match signals.next().await {
-                    Ok(REPORT) => report(),
+                    Ok(REPORT) => progress.report(),
                     signal => return signal,
                 }
             }

@@ -26,6 +26,8 @@ pub struct Named<'a> {
     pub share: bool,
     /// Whether it is going to be written.
     pub writable: bool,
+    /// Whether its size is going to be changed.
+    pub resize: bool,
     /// Whether its backing image is left out.
     pub alone: bool,
 }
@@ -110,21 +112,40 @@ pub fn guard_guess(options: &mut Map<String, Value>, guessed: bool) {
 
 /// The `-f` and `--image-opts` of a command's image.
 pub fn named<'a>(m: &'a ArgMatches, name: &'a str) -> Result<Named<'a>> {
-    let (format, is_options) = (super::text(m, "format"), m.get_flag("image-opts"));
+    named_as(m, name, "format")
+}
+
+/// The same for an image whose format is said by the argument `format`.
+pub fn named_as<'a>(m: &'a ArgMatches, name: &'a str, format: &str) -> Result<Named<'a>> {
+    let (format, is_options) = (super::text(m, format), m.get_flag("image-opts"));
     if is_options && format.is_some() {
         return Err(Error::invalid(
             "--image-opts says the format in its options: leave --format (-f) out",
         ));
     }
-    Ok(Named { name, format, is_options, share: m.get_flag("force-share"), ..Named::default() })
+    Ok(Named { name, format, is_options, share: shares(m), ..Named::default() })
+}
+
+/// Whether `-U` is given, to a command that has it.
+fn shares(m: &ArgMatches) -> bool {
+    m.try_get_one("force-share").ok().flatten().copied().unwrap_or(false)
 }
 
 /// The arguments that [`named`] reads.
 pub fn args() -> [clap::Arg; 3] {
+    let [format, options] = writer_args();
+    [
+        format,
+        options,
+        super::flag("force-share", Some('U'), "Look at an image that others may be writing"),
+    ]
+}
+
+/// Those of them for a command that writes to the image and cannot share it.
+pub fn writer_args() -> [clap::Arg; 2] {
     [
         super::value("format", Some('f'), "FORMAT", "The image's format (default: looked at)"),
         super::flag("image-opts", None, "The image is given as options: driver=...,file.filename="),
-        super::flag("force-share", Some('U'), "Look at an image that others may be writing"),
     ]
 }
 
@@ -252,8 +273,12 @@ async fn open_found(graph: &Rc<Graph>, n: Named<'_>, found: Found, name: &str) -
         }
     };
     graph.blockdev_add(options).await?;
-    let want =
-        BackendOptions { writable: n.writable, alone: !n.share, ..BackendOptions::default() };
+    let want = BackendOptions {
+        writable: n.writable,
+        resize: n.resize,
+        alone: !n.share,
+        ..BackendOptions::default()
+    };
     let (_, backend) = graph.attach(&name, "this command", want).await?;
     backend.set_write_through(n.cache.write_through);
     let model = graph.model().await;

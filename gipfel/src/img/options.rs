@@ -150,6 +150,18 @@ const FILE: &[CreateOption] = &[
 /// A format without options of its own.
 const OTHER: &[CreateOption] = &[option("size", "size", Type::Size, None, "Size of the disk")];
 
+/// Options that can be changed after an image was made.
+const AMENDABLE: &[(&str, &[&str])] = &[(
+    "qcow2",
+    &["backing_file", "backing_fmt", "compat", "lazy_refcounts", "refcount_bits", "size"],
+)];
+
+fn amendable(format: &str) -> Result<&'static [&'static str]> {
+    AMENDABLE.iter().find(|(f, _)| *f == format).map(|(_, o)| *o).ok_or_else(|| {
+        Error::unsupported(format!("images of format '{format}' have no option that can change"))
+    })
+}
+
 fn all(format: &str) -> impl Iterator<Item = &'static CreateOption> {
     let own = FORMATS.iter().find(|(f, _)| *f == format).map_or(OTHER, |(_, o)| o);
     own.iter().chain(FILE)
@@ -173,14 +185,39 @@ pub enum Asked {
 pub fn read<'a>(format: &str, texts: impl Iterator<Item = &'a str>) -> Result<Asked> {
     let mut given = Given::default();
     for t in texts {
+        if asks_for_help(&[t]) {
+            return Ok(Asked::Help);
+        }
         for (name, value) in split(t) {
-            if value.is_none() && matches!(name.as_str(), "help" | "?") {
-                return Ok(Asked::Help);
-            }
             given.set(format, &name, value.as_deref())?;
         }
     }
     Ok(Asked::Options(given))
+}
+
+/// Whether the texts of `-o` options ask for a list of them.
+pub fn asks_for_help(texts: &[&str]) -> bool {
+    let is_help = |(name, value): (String, Option<String>)| {
+        value.is_none() && matches!(name.as_str(), "help" | "?")
+    };
+    texts.iter().flat_map(|t| split(t)).any(is_help)
+}
+
+/// Reads the texts of all `-o` options of a change to an image of `format`.
+pub fn read_amend<'a>(format: &str, texts: impl Iterator<Item = &'a str>) -> Result<Asked> {
+    let names = amendable(format)?;
+    let asked = read(format, texts)?;
+    if let Asked::Options(given) = &asked
+        && let Some((o, _)) = given.list.iter().find(|(o, _)| !names.contains(&o.name))
+    {
+        return Err(Error::invalid(format!(
+            "option '{}' of format '{format}' is for new images only; those that can change are \
+             {}",
+            o.name,
+            names.join(", ")
+        )));
+    }
+    Ok(asked)
 }
 
 /// `a=b,c` as names with values; `,,` stands for a comma.
@@ -310,12 +347,23 @@ fn is_on(text: &str) -> Result<bool> {
 
 /// The list of a format's options, for `-o help`.
 pub fn help(format: &str) -> String {
+    format!("Supported options:\n{}", list(format, |_| true))
+}
+
+/// The list of those that can be changed later.
+pub fn amend_help(format: &str) -> Result<String> {
+    let names = amendable(format)?;
+    let list = list(format, |o| names.contains(&o.name));
+    Ok(format!("Amend options for '{format}':\n{list}"))
+}
+
+fn list(format: &str, shown: impl Fn(&CreateOption) -> bool) -> String {
     let mut lines: Vec<_> = all(format)
-        .filter(|o| !matches!(o.ty, Type::Missing))
+        .filter(|o| !matches!(o.ty, Type::Missing) && shown(o))
         .map(|o| format!("  {:<22} - {}\n", format!("{}={}", o.name, o.type_name()), o.help))
         .collect();
     lines.sort();
-    format!("Supported options:\n{}", lines.concat())
+    lines.concat()
 }
 
 /// The one of `names` that `name` is most like, if it is like one.
