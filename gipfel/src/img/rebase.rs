@@ -200,7 +200,7 @@ impl Three {
         while at < old.len() {
             let differs = |from: usize| {
                 let to = (from + self.cluster as usize).min(old.len());
-                (to, !old.slice(from..to).first_difference(&new.slice(from..to)).is_none())
+                (to, old.slice(from..to).first_difference(&new.slice(from..to)).is_some())
             };
             let (mut end, differ) = differs(at);
             while differ && end < old.len() {
