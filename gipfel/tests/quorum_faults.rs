@@ -7,6 +7,7 @@ mod common;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use common::PATIENCE;
@@ -214,9 +215,11 @@ fn scenario(reference: bool) -> Vec<(&'static str, Told)> {
 
 #[test]
 fn one_child_fails_and_one_corrupts() {
-    let reference =
-        tools::have("qemu-storage-daemon").then(|| std::thread::spawn(|| scenario(true)));
-    let ours = scenario(false);
+    let (ours, theirs) = std::thread::scope(|s| {
+        let reference = tools::have("qemu-storage-daemon").then(|| s.spawn(|| scenario(true)));
+        let theirs = |r: ScopedJoinHandle<_>| r.join().expect("the reference runs it through");
+        (scenario(false), reference.map(theirs))
+    });
     for (step, told) in &ours {
         println!("{step}: {}", json!(told));
     }
@@ -237,8 +240,7 @@ fn one_child_fails_and_one_corrupts() {
     for quiet in ["nothing fails", "it was mended", "a flush", "all of it"] {
         assert_eq!(names(quiet), [], "{quiet}");
     }
-    let Some(reference) = reference else { return };
-    let theirs = reference.join().expect("the scenario runs through with the reference");
+    let Some(theirs) = theirs else { return };
     for ((step, ours), (_, theirs)) in ours.iter().zip(&theirs) {
         assert_eq!(ours, theirs, "{step}: what the monitor hears, here and there");
     }
