@@ -36,8 +36,8 @@ impl Graph {
     }
 
     /// Removes the node called `name` and what only it held. What is unflushed goes out as it is
-    /// closed. That this fails keeps no node in the graph: a broken disk must be able to go, and its
-    /// clients were told.
+    /// closed. That this fails keeps no node in the graph: a broken disk must be able to go, and
+    /// its clients were told.
     pub async fn blockdev_del(self: &Rc<Self>, name: &str) -> Result<()> {
         let mut model = self.state.lock().await;
         let id = model.find_node(name)?;

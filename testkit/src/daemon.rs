@@ -134,8 +134,8 @@ impl Daemon {
         (field("VmHWM:"), field("VmRSS:"))
     }
 
-    /// Time that the main thread (of gipfel: the one on which monitors and the graph live) has spent
-    /// on a processor, from /proc. What other processes do meanwhile does not count.
+    /// Time that the main thread (of gipfel: the one on which monitors and the graph live) has
+    /// spent on a processor, from /proc. What other processes do meanwhile does not count.
     pub fn main_thread_time(&self) -> Duration {
         let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.pid()))
             .unwrap_or_else(|e| panic!("{}: {e}", self.what));
