@@ -15,6 +15,10 @@ impl Disk for Backend {
         Backend::size(self)
     }
 
+    fn has_medium(&self) -> bool {
+        Backend::has_medium(self)
+    }
+
     async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
         Backend::read(self, offset, buf).await
     }

@@ -18,6 +18,7 @@ fn export() -> ExportInfo {
         name: "x".into(),
         description: Some("in memory".into()),
         size: SIZE,
+        has_medium: true,
         flags: export_flag::SEND_FLUSH
             | export_flag::SEND_FUA
             | export_flag::SEND_TRIM

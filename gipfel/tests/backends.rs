@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use gipfel_testkit::nbd::{Address, Client};
+use gipfel_testkit::nbd::{Address, Client, Handshake};
 use gipfel_testkit::qmp::Qmp;
 use gipfel_testkit::{Daemon, Scratch, tools};
 use serde_json::{Value, json};
@@ -33,8 +33,12 @@ impl Host {
         Qmp::connect(self.scratch.path("qmp.sock")).unwrap()
     }
 
+    fn address(&self) -> Address {
+        Address::Unix(self.scratch.path("nbd.sock"))
+    }
+
     fn client(&self, name: &str) -> Client {
-        Client::connect(&Address::Unix(self.scratch.path("nbd.sock")), name).unwrap()
+        Client::connect(&self.address(), name).unwrap()
     }
 
     fn end(mut self) -> Scratch {
@@ -113,6 +117,16 @@ fn a_temporary_overlay_goes_with_the_process() {
     drop(s);
 }
 
+/// An export without medium is listed; who would go in is told, at once, that it has none.
+fn no_client_gets_in(h: &Host) {
+    let mut shake = Handshake::connect(&h.address()).unwrap();
+    let listed = shake.list().unwrap();
+    assert!(listed.iter().any(|e| e.0 == "cd"), "{listed:?}");
+    let e = Client::connect(&h.address(), "cd").unwrap_err();
+    assert!(e.to_string().contains("no medium"), "{e}");
+    assert!(Handshake::connect(&h.address()).unwrap().export_name("cd").is_err());
+}
+
 #[test]
 fn media_change_under_a_client() {
     let s = Scratch::new("media");
@@ -127,6 +141,7 @@ fn media_change_under_a_client() {
     again["id"] = json!("f");
     let e = q.refused("block-export-add", again);
     assert!(e.desc.contains("backend 'cd' has a client already: export 'e'"), "{e:?}");
+    no_client_gets_in(&h);
     let change = json!({ "device": "cd", "filename": a, "format": "raw" });
     q.command("blockdev-change-medium", change);
     let moved = q.wait_event("DEVICE_TRAY_MOVED", SOON).unwrap();
@@ -138,6 +153,7 @@ fn media_change_under_a_client() {
     assert!(e.desc.contains("the tray of backend 'cd' is closed"), "{e:?}");
     q.command("eject", json!({ "id": "e" }));
     assert!(c.read(0, 512).is_err(), "no medium");
+    no_client_gets_in(&h);
     assert_eq!(backend(&mut q, "cd").get("node-name"), None);
     assert_eq!(tray(&mut q), (true, true, false));
     q.command("blockdev-insert-medium", json!({ "device": "cd", "node-name": "b" }));

@@ -35,7 +35,9 @@ impl Graph {
         Ok(name)
     }
 
-    /// Removes the node called `name` and what only it held.
+    /// Removes the node called `name` and what only it held. What is unflushed goes out as it is
+    /// closed. That this fails keeps no node in the graph: a broken disk must be able to go, and
+    /// its clients were told.
     pub async fn blockdev_del(self: &Rc<Self>, name: &str) -> Result<()> {
         let mut model = self.state.lock().await;
         let id = model.find_node(name)?;
@@ -53,8 +55,6 @@ impl Graph {
                 format!("node '{name}' was not added by blockdev-add"),
             ));
         }
-        // What is unflushed goes out now, while a failure can still be told.
-        model.node(id).live.clone().driver().flush().await?;
         self.transact(&mut model, |draft| {
             let top = draft.top_of(id);
             draft.node_mut(id).added_by_user = false;

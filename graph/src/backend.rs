@@ -104,6 +104,12 @@ impl Backend {
         if self.hidden.load(Ordering::Relaxed) { 0 } else { self.root.size_now() }
     }
 
+    /// Whether its client sees a medium, answered without waiting: while that is being changed,
+    /// whether it saw one before.
+    pub fn has_medium(&self) -> bool {
+        !self.hidden.load(Ordering::Relaxed) && self.root.has_data()
+    }
+
     /// What requests the medium prefers.
     pub async fn limits(&self) -> Result<Limits> {
         let e = self.root.enter().await;

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::graph::Graph;
 use crate::model::{EdgeInfo, Model, NodeInfo, Owner, Parent};
+use crate::query::nodes_and_edges;
 
 /// Where a rehearsed change leaves the picture of the graph that it would have made.
 pub(crate) type Rehearsal = Rc<RefCell<Option<Value>>>;
@@ -36,10 +37,7 @@ pub(crate) fn picture(model: &Model) -> Value {
     });
     let edges =
         model.edges().filter_map(|(_, e)| Some(edge(e, place(e.parent)?, *nodes.get(&e.target?)?)));
-    json!({
-        "nodes": below.chain(above).collect::<Vec<_>>(),
-        "edges": edges.collect::<Vec<_>>(),
-    })
+    nodes_and_edges(below.chain(above).collect(), edges.collect())
 }
 
 fn node(model: &Model, id: usize, n: &NodeInfo) -> Value {

@@ -88,8 +88,14 @@ impl Graph {
                 }))
             })
             .collect();
-        json!({ "nodes": nodes, "edges": edges })
+        nodes_and_edges(nodes, edges)
     }
+}
+
+/// The shape of both pictures of the graph. (`json!` would copy the lists, and they are long.)
+pub(crate) fn nodes_and_edges(nodes: Vec<Value>, edges: Vec<Value>) -> Value {
+    let lists = [("nodes", nodes), ("edges", edges)];
+    lists.into_iter().map(|(name, list)| (name.to_owned(), Value::Array(list))).collect()
 }
 
 /// The node below child `role` of a node, node-side filters looked through.
@@ -252,8 +258,8 @@ async fn node_info(model: &Model, id: NodeId, flat: bool) -> Result<Value> {
         "detect_zeroes": node.detect_zeroes.name(),
         "write_threshold": 0,
         "backing_file_depth": chain.len() - 1,
-        "image": image,
     });
+    v["image"] = image;
     for limit in ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"] {
         v[limit] = json!(0);
     }

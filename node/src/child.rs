@@ -124,6 +124,14 @@ impl Child {
         }
     }
 
+    /// Whether there are data below, and not only filters over nothing. Answered without waiting:
+    /// while an edge on the way is drained, whether there were bytes before.
+    pub fn has_data(&self) -> bool {
+        let Some(entered) = self.try_enter() else { return self.size_now() > 0 };
+        let Some(node) = entered.as_ref() else { return false };
+        runner::filtered(node).is_none_or(|c| c.has_data())
+    }
+
     /// Reads all of `buf` from `offset` (bytes).
     pub async fn read(&self, offset: u64, buf: Buf) -> Result<()> {
         runner::read(self, offset, buf).await

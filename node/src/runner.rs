@@ -296,7 +296,7 @@ fn backing(node: &Node) -> Option<&Arc<Child>> {
 }
 
 /// The edge to the child whose data a filter shows.
-fn filtered(node: &Node) -> Option<&Arc<Child>> {
+pub(crate) fn filtered(node: &Node) -> Option<&Arc<Child>> {
     let i = node.def().children.iter().position(|c| c.role == Role::Filtered)?;
     node.driver().children().get(i)
 }

@@ -1,5 +1,6 @@
 //! Which code runs which command: filled by the program, checked against the schema at start.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -116,7 +117,11 @@ fn from_value<A: DeserializeOwned>(command: &str, args: Value) -> Result<A> {
         .map_err(|e| Error::unsupported(format!("'{command}' can't take these arguments: {e}")))
 }
 
-fn to_value<R: Serialize>(command: &str, result: R) -> Result<Value> {
+fn to_value<R: Serialize + 'static>(command: &str, mut result: R) -> Result<Value> {
+    // What is a value already need not be written once more: query results can be large.
+    if let Some(v) = (&mut result as &mut dyn Any).downcast_mut::<Value>() {
+        return Ok(v.take());
+    }
     serde_json::to_value(result)
         .map_err(|e| Error::unsupported(format!("'{command}' can't show its result: {e}")))
 }

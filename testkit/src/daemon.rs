@@ -134,6 +134,15 @@ impl Daemon {
         (field("VmHWM:"), field("VmRSS:"))
     }
 
+    /// Time that the main thread (of gipfel: the one on which monitors and the graph live) has
+    /// spent on a processor, from /proc. What other processes do meanwhile does not count.
+    pub fn main_thread_time(&self) -> Duration {
+        let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.pid()))
+            .unwrap_or_else(|e| panic!("{}: {e}", self.what));
+        let ns = text.split_whitespace().next().and_then(|n| n.parse().ok());
+        Duration::from_nanos(ns.unwrap_or_else(|| panic!("schedstat says '{text}'")))
+    }
+
     /// Number of open file descriptors, from /proc.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).map_or(0, Iterator::count)

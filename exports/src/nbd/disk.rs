@@ -33,6 +33,11 @@ pub trait Disk: Send + Sync + 'static {
     /// Size in bytes, now.
     fn size(&self) -> u64;
 
+    /// Whether it has a medium, now.
+    fn has_medium(&self) -> bool {
+        true
+    }
+
     /// Smallest unit that requests must be multiples of, in bytes; 1 where any byte will do.
     fn min_block(&self) -> u32 {
         1

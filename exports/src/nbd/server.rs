@@ -91,6 +91,7 @@ impl<D: Disk> Export<D> {
             name: self.options.name.clone(),
             description: self.options.description.clone(),
             size: self.disk.size(),
+            has_medium: self.disk.has_medium(),
             flags,
             min_block,
             preferred_block: self.disk.preferred_block().max(min_block).max(512),

@@ -10,7 +10,9 @@ use gipfel_io::time::{sleep, timeout, wall_clock};
 use gipfel_qmp::{Outgoing, Schema, Timestamp};
 use serde_json::Value;
 
-/// Bytes that wait for a monitor's client at most; one that reads nothing loses its connection.
+/// Bytes of answers that wait for a monitor's client before its next command is taken, and bytes
+/// of events that do so at most: one that reads nothing loses its connection. A single answer may
+/// be larger.
 const MAX_QUEUED: usize = 4 << 20;
 /// How long the end of the daemon waits for its last words to be read.
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_millis(500);
@@ -19,12 +21,19 @@ const LAST_WORDS: std::time::Duration = std::time::Duration::from_millis(500);
 pub struct Outbox {
     stream: Stream,
     pretty: bool,
-    lines: RefCell<VecDeque<String>>,
+    lines: RefCell<VecDeque<Line>>,
+    /// Bytes that wait, and those of them that are events'.
     bytes: Cell<usize>,
+    event_bytes: Cell<usize>,
     sending: Cell<bool>,
     changed: Event,
     closed: Cell<bool>,
     negotiated: Cell<bool>,
+}
+
+struct Line {
+    text: String,
+    is_event: bool,
 }
 
 impl Outbox {
@@ -35,6 +44,7 @@ impl Outbox {
             pretty,
             lines: RefCell::default(),
             bytes: Cell::new(0),
+            event_bytes: Cell::new(0),
             sending: Cell::new(false),
             changed: Event::new(),
             closed: Cell::new(false),
@@ -42,15 +52,27 @@ impl Outbox {
         }
     }
 
-    /// Adds a message.
+    /// Adds the greeting or an answer.
     pub fn push(&self, message: &Outgoing) {
+        self.add(message, false);
+    }
+
+    fn add(&self, message: &Outgoing, is_event: bool) {
         if self.closed.get() {
             return;
         }
-        let line = message.text(self.pretty);
-        self.bytes.set(self.bytes.get() + line.len());
-        self.lines.borrow_mut().push_back(line);
+        let text = message.text(self.pretty);
+        self.count(text.len() as isize, is_event);
+        self.lines.borrow_mut().push_back(Line { text, is_event });
         self.changed.notify(usize::MAX);
+    }
+
+    /// Counts bytes that are added, or taken out where `n` is negative.
+    fn count(&self, n: isize, is_event: bool) {
+        self.bytes.set(self.bytes.get().wrapping_add_signed(n));
+        if is_event {
+            self.event_bytes.set(self.event_bytes.get().wrapping_add_signed(n));
+        }
     }
 
     /// Lets events come from now on.
@@ -68,6 +90,7 @@ impl Outbox {
     pub fn cut_off(&self) {
         self.lines.borrow_mut().clear();
         self.bytes.set(0);
+        self.event_bytes.set(0);
         self.close();
         self.stream.shutdown();
     }
@@ -85,9 +108,9 @@ impl Outbox {
             // Others wait for room or for an empty box; this comes before it waits itself.
             self.changed.notify(usize::MAX);
             if let Some(line) = next {
-                self.bytes.set(self.bytes.get() - line.len());
+                self.count(-(line.text.len() as isize), line.is_event);
                 self.sending.set(true);
-                return Some(line);
+                return Some(line.text);
             }
             if self.closed.get() {
                 return None;
@@ -146,10 +169,10 @@ impl Events {
             if !b.negotiated.get() || b.closed.get() {
                 continue;
             }
-            if b.bytes.get() > MAX_QUEUED {
+            if b.event_bytes.get() > MAX_QUEUED {
                 b.cut_off();
             } else {
-                b.push(&message);
+                b.add(&message, true);
             }
         }
     }

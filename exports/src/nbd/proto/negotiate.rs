@@ -19,6 +19,9 @@ pub struct ExportInfo {
     pub description: Option<String>,
     /// Size in bytes.
     pub size: u64,
+    /// Whether there is a medium to serve. Without one the export is listed, but nobody gets in:
+    /// a session keeps its size to its end, and 0 is what no later medium has.
+    pub has_medium: bool,
     /// Transmission flags ([`export_flag`]); the handshake itself sets HAS_FLAGS and SEND_DF.
     pub flags: u16,
     /// Smallest addressable unit in bytes, a power of two up to 65536 ("Size constraints").
@@ -71,7 +74,7 @@ pub struct Session {
 pub enum Close {
     /// The client asked for it ("NBD_OPT_ABORT").
     Aborted,
-    /// EXPORT_NAME named no export; there is no other way to say so.
+    /// EXPORT_NAME named no export, or one without medium; there is no other way to say so.
     UnknownExport,
     /// The client broke the protocol in a way that cannot be answered.
     Violation(&'static str),
@@ -314,7 +317,8 @@ impl Negotiation {
         exports: &(impl ExportList + ?Sized),
         out: &mut Vec<u8>,
     ) -> Progress {
-        let Some(e) = text(data).and_then(|name| exports.find(name)) else {
+        let found = text(data).and_then(|name| exports.find(name));
+        let Some(e) = found.filter(|e| e.has_medium) else {
             return Progress::Close(Close::UnknownExport);
         };
         if e.require_block_size {
@@ -343,6 +347,12 @@ impl Negotiation {
             answer.error(option_reply::ERR_UNKNOWN, "no export has this name");
             return Progress::Answered;
         };
+        if !e.has_medium {
+            // "Option reply types": the export is not available.
+            let message = "this export has no medium: connect again once one is in";
+            answer.error(option_reply::ERR_UNKNOWN, message);
+            return Progress::Answered;
+        }
         let asked = |kind| requests.chunks_exact(2).any(|r| r == u16::to_be_bytes(kind));
         let mut body = Vec::with_capacity(16);
         body.extend_from_slice(&info::EXPORT.to_be_bytes());

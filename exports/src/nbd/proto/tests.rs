@@ -12,6 +12,7 @@ fn exports() -> Vec<ExportInfo> {
         name: "disk".into(),
         description: Some("a disk for tests".into()),
         size: 1 << 20,
+        has_medium: true,
         flags: export_flag::SEND_FLUSH | export_flag::SEND_FUA | export_flag::CAN_MULTI_CONN,
         min_block: 1,
         preferred_block: 4096,
