@@ -159,6 +159,8 @@ impl Exports {
         let options = BackendOptions {
             writable: new.writable,
             write_through: new.writethrough,
+            // A client learns the size when it comes, and the protocol cannot tell it another.
+            fixed_size: true,
             ..new.backend
         };
         let (id, backend) = self.graph.attach(&new.node, &client, options).await?;

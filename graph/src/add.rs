@@ -1,4 +1,4 @@
-//! blockdev-add, blockdev-del, block_resize.
+//! blockdev-add, blockdev-del.
 
 use std::rc::Rc;
 
@@ -88,28 +88,5 @@ impl Graph {
             })
             .await?;
         }
-    }
-
-    /// Changes the size of the node or backend called `name`, in bytes.
-    pub async fn block_resize(self: &Rc<Self>, name: &str, size: u64) -> Result<()> {
-        let model = self.state.lock().await;
-        let id = model.find_disk(name)?;
-        let node = model.node(id);
-        if node.read_only {
-            return Err(Error::new(ErrorKind::ReadOnly, format!("node '{name}' is read-only")));
-        }
-        if let Some(job) = model.job_on(id) {
-            return Err(Error::new(
-                ErrorKind::InUse,
-                format!("node '{}' is being copied by job '{job}' and keeps its size", node.name),
-            ));
-        }
-        if size < node.live.size() {
-            return Err(Error::unsupported(format!(
-                "node '{name}' has {} bytes; making it smaller is not offered here",
-                node.live.size()
-            )));
-        }
-        node.live.clone().driver().resize(size).await
     }
 }

@@ -100,7 +100,8 @@ fn remove_edit(draft: &mut Draft<'_>, parent: NodeId, child: &str) -> Result<()>
 
 impl Graph {
     /// Adds a child to the node or backend `parent`, or removes one. Requests in flight there end
-    /// on the old set of children, later ones see the new one.
+    /// on the old set of children, later ones see the new one: they wait for the others where a
+    /// child comes, and go on beside them where one goes.
     pub async fn blockdev_change(
         self: &Rc<Self>,
         parent: &str,

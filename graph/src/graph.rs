@@ -31,6 +31,8 @@ pub struct BackendOptions {
     pub resize: bool,
     /// Whether nobody else may write meanwhile.
     pub alone: bool,
+    /// Whether nobody may change the size meanwhile: its client is told of one size only.
+    pub fixed_size: bool,
     /// What it holds on to.
     pub follow: Follow,
     /// The implicit filter throttle: the name of the throttle group that it shares.
@@ -311,8 +313,11 @@ pub(crate) fn client_perms(options: &BackendOptions) -> Perms {
     if options.resize {
         used = used | Perm::RESIZE;
     }
-    let shared =
+    let mut shared =
         if options.alone { Perm::CONSISTENT_READ | Perm::WRITE_UNCHANGED } else { Perm::ALL };
+    if options.fixed_size {
+        shared = shared & !Perm::RESIZE;
+    }
     Perms { used, shared }
 }
 

@@ -6,11 +6,12 @@
 //! A filter bound to the content (backup) stays with its node; one bound to the position (mirror)
 //! goes up over what is put on the node. What the job does with the data is the job's business.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use gipfel_base::{Error, ErrorKind, Result};
-use gipfel_node::{Binding, Child, Driver, DriverDef, Node, Perm, Perms};
+use gipfel_node::{Binding, Child, Driver, DriverDef, Node, Perms, Role};
 use serde_json::Map;
 
 use crate::backend::{Backend, Follow};
@@ -38,6 +39,10 @@ pub struct JobFilterSpec {
     pub binding: Binding,
     /// The nodes at its further children: targets, which must hold what the node holds.
     pub others: Vec<String>,
+    /// The node whose place the target takes in the end, where that is not the disk itself: one
+    /// that the disk reaches through filters and quorums only. What leads there stays as it is
+    /// while the job runs.
+    pub replaces: Option<String>,
     /// Makes the driver.
     pub make: MakeJobFilter,
 }
@@ -47,6 +52,9 @@ pub struct JobFilter {
     filter: NodeId,
     backend: BackendId,
     source: Arc<Backend>,
+    replaces: Option<NodeId>,
+    /// The edges that the job rests on, its source's own aside.
+    frozen: Vec<EdgeId>,
 }
 
 impl JobFilter {
@@ -68,6 +76,14 @@ impl Graph {
         let node = model.find_disk(disk)?;
         let others: Vec<NodeId> =
             spec.others.iter().map(|n| check_target(&model, node, n)).collect::<Result<_>>()?;
+        let replaces = match &spec.replaces {
+            Some(n) => {
+                let r = model.find_node(n)?;
+                check_replaced(&model, node, r)?;
+                Some(r)
+            }
+            None => None,
+        };
         let name = match &spec.name {
             Some(n) => {
                 model.check_node_name(n)?;
@@ -94,11 +110,15 @@ impl Graph {
             }
             put_on_top(draft, filter, node, outer)?;
             let backend = add_source(draft, backend_name, &job.job, filter)?;
-            Ok((filter, backend))
+            let frozen = match replaces {
+                Some(r) => freeze(draft, node, r, &job.job)?,
+                None => Vec::new(),
+            };
+            Ok((filter, backend, frozen))
         };
-        let ((filter, backend), model) = self.transact(&mut model, edit).await?;
+        let ((filter, backend, frozen), model) = self.transact(&mut model, edit).await?;
         let source = model.backend(backend).live.clone();
-        Ok(JobFilter { filter, backend, source })
+        Ok(JobFilter { filter, backend, source, replaces, frozen })
     }
 
     /// Takes a job filter out again, with the job's source: whoever stands on it then stands on
@@ -109,20 +129,19 @@ impl Graph {
     }
 
     /// Takes a job filter out and puts the node `target` in the place of the disk that it is on,
-    /// or of the node `replaces`: the position-bound edges move there, others stay. Where that is
-    /// refused, the filter stays as it is.
+    /// or of the node that it `replaces`: the position-bound edges move there, others stay. Where
+    /// that is refused, the filter stays as it is.
     pub async fn complete_job_filter(
         self: &Rc<Self>,
         filter: &JobFilter,
         target: &str,
-        replaces: Option<&str>,
     ) -> Result<()> {
         let mut model = self.state.lock().await;
         let new = model.find_node(target)?;
-        let old = match replaces {
-            Some(n) => model.find_node(n)?,
-            None => model.under_side(filter.filter),
-        };
+        let disk = model.under_side(filter.filter);
+        let old = filter.replaces.unwrap_or(disk);
+        // The disk may have got an overlay since the start.
+        check_replaced(&model, disk, old)?;
         let (has, needs) = (model.node(new).live.size(), model.node(old).live.size());
         if has < needs {
             return Err(Error::invalid(format!(
@@ -144,6 +163,50 @@ impl Graph {
         .await
         .map(drop)
     }
+}
+
+/// The nodes that show what `disk` shows, from there downwards: through filters, and through nodes
+/// whose children hold all the same.
+fn showing_below(model: &Model, disk: NodeId) -> BTreeSet<NodeId> {
+    let mut open = vec![disk];
+    let mut found = BTreeSet::new();
+    while let Some(n) = open.pop() {
+        if found.insert(n) {
+            let edges = model.node(n).children.iter().map(|e| model.edge(*e));
+            let same = edges.filter(|e| matches!(e.role, Role::Filtered | Role::Copy));
+            open.extend(same.filter_map(|e| e.target));
+        }
+    }
+    found
+}
+
+/// Fails unless the node `replaced` holds what `disk` holds and is reached from there.
+fn check_replaced(model: &Model, disk: NodeId, replaced: NodeId) -> Result<()> {
+    if showing_below(model, disk).contains(&replaced) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "node '{}' cannot be replaced by a copy of node '{}', which does not reach it through \
+         filters and quorums only",
+        model.node(replaced).name,
+        model.node(disk).name
+    )))
+}
+
+/// Freezes the edges below `disk` that lead to the node which the job `job` is to replace.
+fn freeze(draft: &mut Draft<'_>, disk: NodeId, replaced: NodeId, job: &str) -> Result<Vec<EdgeId>> {
+    let showing = showing_below(draft, disk);
+    let below = |d: &Draft<'_>, e: &EdgeId| match d.edge(*e).parent {
+        Parent::Node(p) => showing.contains(&p),
+        Parent::Backend(_) => false,
+    };
+    let mut edges = draft.outer_parents(replaced);
+    edges.retain(|e| below(draft, e) && is_position(draft, *e));
+    for e in &edges {
+        draft.check_free(*e)?;
+        draft.edge_mut(*e).frozen = Some(format!("job '{job}'"));
+    }
+    Ok(edges)
 }
 
 /// The node called `name`, if it can take what `node` holds.
@@ -224,8 +287,14 @@ fn add_source(draft: &mut Draft<'_>, name: String, job: &str, filter: NodeId) ->
     Ok(id)
 }
 
+/// Whether an edge is that of a job to its own filter.
+fn is_source(model: &Model, e: EdgeId) -> bool {
+    let e = model.edge(e);
+    matches!(e.parent, Parent::Backend(_)) && e.frozen.is_some()
+}
+
 /// Makes `filter`, which stands on `node` and its stack, the topmost of the stack. `outer` are the
-/// edges that end there: all but frozen ones, which cannot write, go through it.
+/// edges that end there: all but the sources of other jobs go through it.
 fn put_on_top(
     draft: &mut Draft<'_>,
     filter: NodeId,
@@ -233,9 +302,8 @@ fn put_on_top(
     outer: Vec<EdgeId>,
 ) -> Result<()> {
     for e in outer {
-        let info = draft.edge(e);
-        if info.frozen.is_none() || info.perms.used.contains(Perm::WRITE) {
-            draft.repoint(e, Some(filter))?;
+        if !is_source(draft, e) {
+            draft.restack(e, Some(filter))?;
         }
     }
     draft.node_mut(node).side_top = Some(filter);
@@ -253,7 +321,7 @@ fn take_out(draft: &mut Draft<'_>, filter: NodeId, but: &[EdgeId]) -> Result<Nod
         .ok_or_else(|| Error::invalid(format!("'{}' leads to no node", draft.edge(file).label)))?;
     for e in draft.node(filter).parents.clone() {
         if !but.contains(&e) {
-            draft.repoint(e, Some(below))?;
+            draft.restack(e, Some(below))?;
         }
     }
     if draft.node(node).side_top == Some(filter) {
@@ -264,7 +332,9 @@ fn take_out(draft: &mut Draft<'_>, filter: NodeId, but: &[EdgeId]) -> Result<Nod
 
 fn remove(draft: &mut Draft<'_>, f: &JobFilter) -> Result<()> {
     let root = draft.backend(f.backend).root;
-    draft.edge_mut(root).frozen = None;
+    for e in f.frozen.iter().chain([&root]) {
+        draft.edge_mut(*e).frozen = None;
+    }
     take_out(draft, f.filter, &[root])?;
     // The filter goes with its last client.
     draft.remove_backend(f.backend)?;
@@ -290,9 +360,8 @@ pub(crate) fn lift(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId) -> Resu
         }
     }
     for filter in moving.into_iter().rev() {
-        let frozen = |e: &EdgeId| draft.edge(*e).frozen.is_some();
-        let sources: Vec<EdgeId> =
-            draft.node(filter).parents.iter().copied().filter(frozen).collect();
+        let parents = draft.node(filter).parents.iter().copied();
+        let sources: Vec<EdgeId> = parents.filter(|e| is_source(draft, *e)).collect();
         take_out(draft, filter, &sources)?;
         let (file, top) = (draft.node(filter).children[0], draft.top_of(overlay));
         draft.repoint(file, Some(top))?;
@@ -303,11 +372,6 @@ pub(crate) fn lift(draft: &mut Draft<'_>, disk: NodeId, overlay: NodeId) -> Resu
 }
 
 impl Model {
-    /// The job that has the newest filter on `n`.
-    pub(crate) fn job_on(&self, n: NodeId) -> Option<&str> {
-        self.node(self.top_of(n)).job.as_ref().map(|j| j.job.as_str())
-    }
-
     /// The node-side filter of `n` that belongs to the node itself and not to a job: the lowest.
     pub(crate) fn fixed_filter(&self, n: NodeId) -> Option<NodeId> {
         let mut at = self.top_of(n);

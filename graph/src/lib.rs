@@ -24,6 +24,7 @@ mod query;
 mod registry;
 mod reopen;
 mod replace;
+mod resize;
 mod snapshot;
 mod throttle;
 mod transaction;

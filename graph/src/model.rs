@@ -517,16 +517,19 @@ impl<'a> Draft<'a> {
     /// Points an edge at another node, or at none. Fails for a cycle, too deep a chain, or a
     /// frozen edge.
     pub fn repoint(&mut self, id: EdgeId, target: Option<NodeId>) -> Result<()> {
+        if self.edge(id).target != target {
+            self.check_free(id)?;
+        }
+        self.restack(id, target)
+    }
+
+    /// [`Draft::repoint`] within the node-side filters of one node, which come and go under frozen
+    /// edges too: what the edge means stays.
+    pub(crate) fn restack(&mut self, id: EdgeId, target: Option<NodeId>) -> Result<()> {
         let e = self.edge(id);
         let (old, parent, label) = (e.target, e.parent, e.label.clone());
         if old == target {
             return Ok(());
-        }
-        if let Some(who) = &e.frozen {
-            return Err(Error::new(
-                ErrorKind::InUse,
-                format!("edge '{label}' is in use by {who} and cannot be changed now"),
-            ));
         }
         if let (Parent::Node(p), Some(t)) = (parent, target)
             && self.reaches(t, p)
@@ -545,6 +548,14 @@ impl<'a> Draft<'a> {
             self.check_depth(parent, t)?;
         }
         Ok(())
+    }
+
+    /// Fails for an edge that someone rests on.
+    pub(crate) fn check_free(&self, id: EdgeId) -> Result<()> {
+        let e = self.edge(id);
+        let Some(who) = &e.frozen else { return Ok(()) };
+        let text = format!("edge '{}' is in use by {who} and cannot be changed now", e.label);
+        Err(Error::new(ErrorKind::InUse, text))
     }
 
     fn check_depth(&self, parent: Parent, target: NodeId) -> Result<()> {

@@ -92,7 +92,7 @@ fn check(model: &Model, n: NodeId) -> Result<()> {
         let uses = |e: &&EdgeId| model.edge(**e).perms.used.contains(p);
         let forbids = |e: &&EdgeId| !model.edge(**e).perms.shared.contains(p);
         let name = p.names().next().unwrap_or_default();
-        if p == Perm::WRITE
+        if matches!(p, Perm::WRITE | Perm::RESIZE)
             && node.read_only
             && let Some(e) = node.parents.iter().find(uses)
         {

@@ -238,7 +238,7 @@ fn change_side_filter(draft: &mut Draft<'_>, id: NodeId, filter: Option<Filter>)
         None => None,
     };
     for e in above {
-        draft.repoint(e, Some(new.unwrap_or(id)))?;
+        draft.restack(e, Some(new.unwrap_or(id)))?;
     }
     if draft.node(id).side_top == old {
         draft.node_mut(id).side_top = new;

@@ -97,17 +97,21 @@ fn find_edge(model: &Model, name: &str) -> Result<EdgeId> {
 /// The node whose data `n` shows, filters looked through.
 pub(crate) fn data_of(model: &Model, n: NodeId) -> NodeId {
     let mut at = n;
-    loop {
-        let info = model.node(at);
+    while let Some(t) = model.filtered(at) {
+        at = t;
+    }
+    at
+}
+
+impl Model {
+    /// The node whose data the filter `n` shows; `None` for what is no filter.
+    pub(crate) fn filtered(&self, n: NodeId) -> Option<NodeId> {
+        let info = self.node(n);
         if info.live.def().kind != Kind::Filter {
-            return at;
+            return None;
         }
-        let filtered =
-            info.children.iter().map(|e| model.edge(*e)).find(|e| e.role == Role::Filtered);
-        match filtered.and_then(|e| e.target) {
-            Some(t) => at = t,
-            None => return at,
-        }
+        let mut edges = info.children.iter().map(|e| self.edge(*e));
+        edges.find(|e| e.role == Role::Filtered)?.target
     }
 }
 

@@ -34,11 +34,12 @@ struct Swap {
     rank: usize,
 }
 
-/// A node that gets children or loses some. The set is drained before the edges that begin at the
-/// node, and after those above it.
+/// A node that gets children or loses some. Where some come, the set is drained before the edges
+/// that begin at the node, and after those above it. Where some only go, nobody waits.
 struct Resettled {
     node: Arc<Node>,
     set: CopySet,
+    grows: bool,
     rank: usize,
 }
 
@@ -209,7 +210,8 @@ fn resettled(draft: &Draft<'_>) -> (Vec<Resettled>, Vec<(NodeId, Arc<Node>)>) {
         dropped.extend(kept);
         let set = copies(draft, *id).map(|(_, e)| e.live.clone()).collect();
         let rank = now.children.first().map_or(0, |e| draft.rank(*e));
-        found.push(Resettled { node: now.live.clone(), set, rank });
+        let grows = now.children.iter().any(|e| !before.children.contains(e));
+        found.push(Resettled { node: now.live.clone(), set, grows, rank });
     }
     found.sort_by_key(|r| r.rank);
     (found, dropped)
@@ -321,8 +323,12 @@ impl Held<'_> {
 /// Drains edges and sets of children from the clients downwards, swaps all of them, and lets
 /// requests go on.
 async fn swap(swaps: Vec<Swap>, resettled: Vec<Resettled>) {
+    let with_copies = || resettled.iter().filter_map(|r| Some((r, r.node.driver().copies()?)));
+    for (r, copies) in with_copies().filter(|(r, _)| !r.grows) {
+        copies.shrink(r.set.clone()).await;
+    }
     let mut held: Vec<Held<'_>> = Vec::new();
-    let mut waiting = resettled.iter().filter_map(|r| Some((r, r.node.driver().copies()?)));
+    let mut waiting = with_copies().filter(|(r, _)| r.grows);
     let mut next = waiting.next();
     for level in swaps.chunk_by(|a, b| a.rank == b.rank) {
         while let Some((r, copies)) = next.filter(|(r, _)| r.rank <= level[0].rank) {
@@ -344,7 +350,7 @@ async fn swap(swaps: Vec<Swap>, resettled: Vec<Resettled>) {
 }
 
 /// The outcomes of all futures, which run side by side.
-async fn join<T>(futures: Vec<Pin<Box<dyn Future<Output = T> + '_>>>) -> Vec<T> {
+pub(crate) async fn join<T>(futures: Vec<Pin<Box<dyn Future<Output = T> + '_>>>) -> Vec<T> {
     let mut futures: Vec<_> = futures.into_iter().map(|f| (Some(f), None)).collect();
     std::future::poll_fn(move |cx| {
         for (f, out) in &mut futures {

@@ -107,9 +107,9 @@ impl Perms {
         Perms { used: self.used | o.used, shared: self.shared & o.shared }
     }
 
-    /// Whether an edge of these permissions is going to write (also unchanged data).
+    /// Whether an edge of these permissions is going to write: data, also unchanged, or a size.
     pub fn writes(self) -> bool {
-        !(self.used & (Perm::WRITE | Perm::WRITE_UNCHANGED)).is_empty()
+        !(self.used & (Perm::WRITE | Perm::WRITE_UNCHANGED | Perm::RESIZE)).is_empty()
     }
 }
 
@@ -204,5 +204,8 @@ mod tests {
         let p = child_perms(Role::Image, reader, true);
         assert_eq!(p.used, Perm::CONSISTENT_READ);
         assert!(!p.shared.contains(Perm::WRITE));
+        let resizer = Perms { used: Perm::RESIZE, shared: Perm::ALL };
+        let p = child_perms(Role::Image, resizer, true);
+        assert!(p.used.contains(Perm::WRITE | Perm::RESIZE), "a size is written, too");
     }
 }

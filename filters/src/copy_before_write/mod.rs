@@ -184,6 +184,12 @@ impl Filter for CopyBeforeWrite {
         })
     }
 
+    fn resize<'a>(&'a self, _: &'a Below, _: u64) -> IoFuture<'a> {
+        Box::pin(async {
+            Err(Error::unsupported("a disk keeps its size while the past of it is kept"))
+        })
+    }
+
     fn child_perms(&self, above: Perms, _: bool) -> Perms {
         if above.used.is_empty() {
             // Not in use yet, or any more: writers find their way in and out.

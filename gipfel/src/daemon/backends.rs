@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::Daemon;
+use super::commands::{Mutator, with};
 
 #[derive(Deserialize)]
 struct Name {
@@ -88,31 +89,19 @@ pub fn zeroes(name: Option<&str>) -> ZeroDetection {
     }
 }
 
-/// The commands of [`mutate`].
-pub const MUTATORS: [&str; 4] =
-    ["backend-add", "backend-del", "blockdev-insert-medium", "blockdev-remove-medium"];
-
-/// Carries out a command that changes the graph `g` and nothing else.
-pub async fn mutate(d: &Daemon, g: &Rc<Graph>, command: &str, a: Map<String, Value>) -> Result<()> {
-    let a = Value::Object(a);
-    let wrong = |e: serde_json::Error| Error::invalid(e.to_string());
-    match command {
-        "backend-add" => backend_add(d, g, serde_json::from_value(a).map_err(wrong)?).await,
-        "backend-del" => {
-            let a: Name = serde_json::from_value(a).map_err(wrong)?;
-            g.backend_del(&a.name).await
-        }
-        "blockdev-insert-medium" => {
-            let a: Insert = serde_json::from_value(a).map_err(wrong)?;
-            g.insert_medium(find(d, &a.which).await?.0, &a.node_name).await
-        }
-        "blockdev-remove-medium" => {
-            let w: Which = serde_json::from_value(a).map_err(wrong)?;
-            g.remove_medium(find(d, &w).await?.0).await
-        }
-        _ => Err(Error::unsupported(format!("'{command}' is no change of the graph"))),
-    }
-}
+/// The mutators that name backends.
+pub const MUTATORS: [Mutator; 4] = [
+    ("backend-add", |d, g, a| with(a, |a| async move { backend_add(&d, &g, a).await })),
+    ("backend-del", |_, g, a| with(a, |a: Name| async move { g.backend_del(&a.name).await })),
+    ("blockdev-insert-medium", |d, g, a| {
+        with(a, |a: Insert| async move {
+            g.insert_medium(find(&d, &a.which).await?.0, &a.node_name).await
+        })
+    }),
+    ("blockdev-remove-medium", |d, g, a| {
+        with(a, |w: Which| async move { g.remove_medium(find(&d, &w).await?.0).await })
+    }),
+];
 
 async fn backend_add(d: &Daemon, g: &Rc<Graph>, a: Add) -> Result<()> {
     let limits = match (a.limits, &a.throttle_group) {

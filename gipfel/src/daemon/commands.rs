@@ -1,5 +1,7 @@
 //! What each QMP command does: arguments to calls of the graph, the exports, the jobs.
 
+use std::future::{Future, ready};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -9,11 +11,12 @@ use gipfel_exports::nbd::{Removal, ServerOptions};
 use gipfel_graph::{Action, BackendOptions, ChildChange, Graph, ReplaceEdges, SnapshotSync};
 use gipfel_qmp::Registry;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::{Daemon, address, backends};
 
-type Args = Map<String, Value>;
+pub type Args = Map<String, Value>;
 
 /// Registers every command.
 pub fn register(r: &mut Registry<Rc<Daemon>>) {
@@ -73,15 +76,15 @@ impl Sync {
 /// One TransactionAction.
 fn action(v: Value) -> Result<Action> {
     let data = v.get("data").cloned().unwrap_or_default();
-    let text = |k: &str| data[k].as_str().unwrap_or_default().to_owned();
+    let wrong = |e: serde_json::Error| Error::invalid(e.to_string());
     match v["type"].as_str().unwrap_or_default() {
         "abort" => Ok(Action::Abort),
         "blockdev-snapshot" => {
-            Ok(Action::Snapshot { disk: text("node"), overlay: text("overlay") })
+            let Snapshot { node, overlay } = serde_json::from_value(data).map_err(wrong)?;
+            Ok(Action::Snapshot { disk: node, overlay })
         }
         "blockdev-snapshot-sync" => {
-            let s: Sync =
-                serde_json::from_value(data).map_err(|e| Error::invalid(e.to_string()))?;
+            let s: Sync = serde_json::from_value(data).map_err(wrong)?;
             Ok(Action::SnapshotSync(s.snapshot()?))
         }
         other => Err(Error::unsupported(format!("a transaction has no action '{other}'"))),
@@ -93,72 +96,121 @@ struct Resize {
     #[serde(flatten)]
     disk: Disk,
     size: u64,
+    #[serde(default)]
+    shrink: bool,
 }
 
-/// Commands that change the graph and nothing else, so that they can be rehearsed.
-const MUTATORS: [&str; 6] = [
-    "blockdev-add",
-    "blockdev-del",
-    "blockdev-reopen",
-    "blockdev-snapshot",
-    "blockdev-replace",
-    "x-blockdev-change",
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Del {
+    node_name: String,
+}
+
+#[derive(Deserialize)]
+struct ReopenList {
+    options: Vec<Args>,
+}
+
+#[derive(Deserialize)]
+struct Snapshot {
+    node: String,
+    overlay: String,
+}
+
+#[derive(Deserialize)]
+struct Replace {
+    edge: Option<String>,
+    node: Option<String>,
+    #[serde(default)]
+    all: bool,
+    with: String,
+}
+
+impl Replace {
+    fn edges(self) -> Result<ReplaceEdges> {
+        match (self.edge, self.node) {
+            (Some(e), None) => Ok(ReplaceEdges::Named(e)),
+            (None, Some(n)) if self.all => Ok(ReplaceEdges::AllOf(n)),
+            (None, Some(n)) => Ok(ReplaceEdges::OnlyOf(n)),
+            _ => Err(Error::invalid("give either 'edge' or 'node'")),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct ChangeChild {
+    parent: String,
+    node: Option<String>,
+    child: Option<String>,
+}
+
+impl ChangeChild {
+    fn change(self) -> Result<ChildChange> {
+        match (self.node, self.child) {
+            (Some(n), None) => Ok(ChildChange::Add(n)),
+            (None, Some(c)) => Ok(ChildChange::Remove(c)),
+            _ => Err(Error::invalid(
+                "give either 'node', which becomes a child, or 'child', which goes",
+            )),
+        }
+    }
+}
+
+/// A change of a graph under way.
+pub type Change = Pin<Box<dyn Future<Output = Result<()>>>>;
+
+/// A command that changes the graph and nothing else, so that it can be rehearsed: its name, and
+/// what carries it out on a graph.
+pub type Mutator = (&'static str, fn(Rc<Daemon>, Rc<Graph>, Args) -> Change);
+
+/// Reads the arguments and does `f` with them.
+pub fn with<T: DeserializeOwned, F: Future<Output = Result<()>> + 'static>(
+    a: Args,
+    f: impl FnOnce(T) -> F,
+) -> Change {
+    match serde_json::from_value(Value::Object(a)) {
+        Ok(a) => Box::pin(f(a)),
+        Err(e) => Box::pin(ready(Err(Error::invalid(e.to_string())))),
+    }
+}
+
+/// The mutators that name nodes.
+const MUTATORS: [Mutator; 6] = [
+    ("blockdev-add", |_, g, a| Box::pin(async move { g.blockdev_add(a).await })),
+    ("blockdev-del", |_, g, a| with(a, |a: Del| async move { g.blockdev_del(&a.node_name).await })),
+    ("blockdev-reopen", |_, g, a| {
+        with(a, |a: ReopenList| async move { g.blockdev_reopen(a.options).await })
+    }),
+    ("blockdev-snapshot", |_, g, a| {
+        with(a, |a: Snapshot| async move { g.blockdev_snapshot(&a.node, &a.overlay).await })
+    }),
+    ("blockdev-replace", |_, g, a| {
+        with(a, |a: Replace| async move {
+            let new = a.with.clone();
+            g.blockdev_replace(&a.edges()?, &new).await
+        })
+    }),
+    ("x-blockdev-change", |_, g, a| {
+        with(a, |a: ChangeChild| async move {
+            let parent = a.parent.clone();
+            g.blockdev_change(&parent, &a.change()?).await
+        })
+    }),
 ];
 
-/// Carries out one of [`MUTATORS`] or of [`backends::MUTATORS`] on `g`.
-async fn mutate(d: Rc<Daemon>, g: Rc<Graph>, command: &str, mut a: Args) -> Result<()> {
-    let text = |k: &str| a.get(k).and_then(Value::as_str).unwrap_or_default();
-    match command {
-        "blockdev-add" => g.blockdev_add(a).await,
-        "blockdev-del" => g.blockdev_del(text("node-name")).await,
-        "blockdev-reopen" => {
-            let list = match a.remove("options") {
-                Some(Value::Array(l)) => l,
-                _ => Vec::new(),
-            };
-            let maps = list.into_iter().filter_map(|v| match v {
-                Value::Object(m) => Some(m),
-                _ => None,
-            });
-            g.blockdev_reopen(maps.collect()).await
-        }
-        "blockdev-snapshot" => g.blockdev_snapshot(text("node"), text("overlay")).await,
-        "blockdev-replace" => {
-            let edges = match (a.get("edge"), a.get("node")) {
-                (Some(_), None) => ReplaceEdges::Named(text("edge").to_owned()),
-                (None, Some(_)) if a.get("all") == Some(&json!(true)) => {
-                    ReplaceEdges::AllOf(text("node").to_owned())
-                }
-                (None, Some(_)) => ReplaceEdges::OnlyOf(text("node").to_owned()),
-                _ => return Err(Error::invalid("give either 'edge' or 'node'")),
-            };
-            g.blockdev_replace(&edges, text("with")).await
-        }
-        "x-blockdev-change" => {
-            let change = match (a.get("node"), a.get("child")) {
-                (Some(_), None) => ChildChange::Add(text("node").to_owned()),
-                (None, Some(_)) => ChildChange::Remove(text("child").to_owned()),
-                _ => {
-                    return Err(Error::invalid(
-                        "give either 'node', which becomes a child, or 'child', which goes",
-                    ));
-                }
-            };
-            g.blockdev_change(text("parent"), &change).await
-        }
-        _ => backends::mutate(&d, &g, command, a).await,
-    }
+/// All commands that can be rehearsed.
+fn mutators() -> impl Iterator<Item = Mutator> {
+    MUTATORS.into_iter().chain(backends::MUTATORS)
 }
 
 async fn rehearse(d: Rc<Daemon>, a: Args) -> Result<Value> {
     let command = a.get("execute").and_then(Value::as_str).unwrap_or_default();
-    let can = MUTATORS.iter().chain(&backends::MUTATORS).any(|m| *m == command);
-    if !can {
-        return Err(Error::unsupported(format!(
+    let (_, mutate) = mutators().find(|(name, _)| *name == command).ok_or_else(|| {
+        Error::unsupported(format!(
             "'{command}' cannot be rehearsed: only commands that change the graph and nothing \
              else can"
-        )));
-    }
+        ))
+    })?;
     let mut arguments = a.get("arguments").cloned().unwrap_or_else(|| json!({}));
     if let Some(c) = d.schema.command(command) {
         d.schema.check_arguments(c, &mut arguments)?;
@@ -166,16 +218,16 @@ async fn rehearse(d: Rc<Daemon>, a: Args) -> Result<Value> {
     let Value::Object(arguments) = arguments else {
         return Err(Error::invalid("'arguments' must be an object"));
     };
-    let change = |g| mutate(d.clone(), g, command, arguments);
+    let change = |g| mutate(d.clone(), g, arguments);
     let (before, after) = d.graph.rehearse(change).await?;
     Ok(json!({ "before": before, "after": after }))
 }
 
 fn graph(r: &mut Registry<Rc<Daemon>>) {
-    for name in MUTATORS.into_iter().chain(backends::MUTATORS) {
+    for (name, mutate) in mutators() {
         r.add(name, move |d: Rc<Daemon>, a: Args| {
             let g = d.graph.clone();
-            mutate(d, g, name, a)
+            mutate(d, g, a)
         });
     }
     r.add("graph-rehearse", rehearse);
@@ -192,7 +244,7 @@ fn graph(r: &mut Registry<Rc<Daemon>>) {
         d.graph.transaction(actions?).await
     });
     r.add("block_resize", |d: Rc<Daemon>, a: Resize| async move {
-        d.graph.block_resize(&a.disk.name()?, a.size).await
+        d.graph.block_resize(&a.disk.name()?, a.size, a.shrink).await
     });
 }
 

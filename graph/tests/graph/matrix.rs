@@ -1,16 +1,13 @@
 //! Every mutator x every filter present or absent x an explicit filter above, below or none x one
 //! client or two, each while clients work. What comes out is compared with the oracle in
 //! `common/oracle.rs` and `common/mutate.rs`.
-#![allow(missing_docs)]
-
-mod common;
 
 use std::collections::BTreeMap;
 
-use common::caught;
-use common::mutate::*;
-use common::notation::{Door, Sketch};
-use common::stage::{Outcome, Stage};
+use crate::common::caught;
+use crate::common::mutate::*;
+use crate::common::notation::{Door, Sketch};
+use crate::common::stage::{Outcome, Stage};
 use gipfel_graph::ReplaceEdges;
 use gipfel_io::sim::World;
 

@@ -1,28 +1,18 @@
 //! x-blockdev-change: children that come and go under writers (mutators.md, section 3).
-#![allow(missing_docs)]
-
-mod common;
 
 use std::rc::Rc;
 
-use common::fan::{clear_log, log, numbered};
-use common::{BLOCK, add_overlay, graph, map, picture};
+use crate::common::fan::{clear_log, log, numbered};
+use crate::common::steps::{sim, writer};
+use crate::common::{BLOCK, add_overlay, map, picture};
 use gipfel_base::{ErrorKind, Result};
 use gipfel_graph::{Backend, BackendOptions, ChildChange, Graph, ReplaceEdges};
-use gipfel_io::sim::{Rng, World};
+use gipfel_io::sim::Rng;
 use gipfel_io::time::{sleep, timeout};
 use gipfel_io::{Buf, spawn_local};
 use serde_json::{Value, json};
 
 const SIZE: u64 = 64 * BLOCK;
-
-fn sim<F: Future>(seed: u64, f: impl FnOnce(Rc<Graph>) -> F) -> F::Output {
-    World::new(seed).run(async move { f(graph()).await })
-}
-
-fn writer() -> BackendOptions {
-    BackendOptions { writable: true, ..Default::default() }
-}
 
 async fn add_mem(g: &Rc<Graph>, name: &str, size: u64) {
     let o = json!({ "driver": "mem", "node-name": name, "size": size });
@@ -227,21 +217,20 @@ fn a_change_waits_for_no_medium_and_a_failed_flush_of_a_dropped_child_harms_nobo
     });
 }
 
-/// Which sets of numbers there were, and how many writes had ended when each came into force.
-struct History(Vec<(usize, Vec<usize>)>);
+/// Which sets of numbers there were, and how many writes had ended when the change to each began
+/// and when it was done.
+struct History(Vec<([usize; 2], Vec<usize>)>);
 
 impl History {
-    /// Every write used one of the sets in force while it ran, and none goes back to an older one.
+    /// Every write used a set that was in force while it ran: from the beginning of the change to
+    /// it until the next change is done.
     fn check(&self) {
-        let mut at = 0;
         for (n, set) in log().iter().enumerate() {
-            // Writes that ended before the change returned may have used the old set or the new.
-            while at + 1 < self.0.len()
-                && (n >= self.0[at + 1].0 || *set == numbered(&self.0[at + 1].1))
-            {
-                at += 1;
-            }
-            assert_eq!(*set, numbered(&self.0[at].1), "write {n} in the time of set {at}");
+            let until = self.0.iter().skip(1).map(|s| s.0[1]).chain([usize::MAX]);
+            let mut times = self.0.iter().zip(until);
+            let fits =
+                times.any(|((from, s), until)| from[0] <= n && n < until && *set == numbered(s));
+            assert!(fits, "write {n} used {set:?} out of its time");
         }
     }
 }
@@ -271,13 +260,15 @@ fn history(seed: u64) {
         let mut rng = Rng::new(seed ^ 0xface);
         let mut set: Vec<(usize, String)> = (0..3).map(|n| (n, format!("m{n}"))).collect();
         let mut next = 3;
-        let mut sets = History(vec![(0, vec![0, 1, 2])]);
+        let mut sets = History(vec![([0, 0], vec![0, 1, 2])]);
         let mut left: Vec<(String, Vec<u8>)> = Vec::new();
         for i in 3..15 {
             sleep(std::time::Duration::from_nanos(rng.below(20_000))).await;
+            let mut began = log().len();
             if set.len() < 3 || rng.one_in(2) {
                 let node = format!("m{i}");
                 add_mem(&g, &node, SIZE).await;
+                began = log().len();
                 add(&g, &node).await.unwrap();
                 set.push((next, node));
                 next += 1;
@@ -287,7 +278,7 @@ fn history(seed: u64) {
                 next -= usize::from(n + 1 == next);
                 left.push((node.clone(), bytes_of(&g, &node).await));
             }
-            sets.0.push((log().len(), set.iter().map(|(n, _)| *n).collect()));
+            sets.0.push(([began, log().len()], set.iter().map(|(n, _)| *n).collect()));
         }
         for t in tasks {
             t.await;

@@ -1,21 +1,15 @@
 //! Job filters go in and out as mutators.md says, proven with a small backup and a small mirror:
 //! whole next graphs, who may do what, and the data of all clients under writers.
-#![allow(missing_docs)]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-mod common;
-#[path = "common/jobs.rs"]
-mod jobs;
 
 use std::rc::Rc;
 
-use common::steps::{read_byte, reader, refused, sim, write_byte, writer};
-use common::{BLOCK, add_overlay, map, picture};
+use crate::common::jobs::{cbw, mirror, run};
+use crate::common::steps::{read_byte, reader, refused, sim, write_byte, writer};
+use crate::common::{BLOCK, add_overlay, map, picture};
 use gipfel_base::{ErrorKind, Result};
 use gipfel_graph::{Backend, BackendOptions, Follow, Graph, ReplaceEdges};
 use gipfel_io::sim::Rng;
 use gipfel_io::{Task, spawn_local};
-use jobs::{cbw, mirror, run};
 use serde_json::json;
 
 /// The edges of the graph but for those into inline nodes, with our own names unnumbered.
@@ -177,7 +171,7 @@ fn mirror_start_complete_and_cancel() {
             .await;
             run(&copy).await;
             if completes {
-                g.complete_job_filter(&filter, "t", None).await.unwrap();
+                g.complete_job_filter(&filter, "t").await.unwrap();
                 expect(&g, &["vm.root -> t", "#backend.root -> n"]).await;
             } else {
                 g.remove_job_filter(filter).await.unwrap();
@@ -217,7 +211,7 @@ fn a_snapshot_takes_the_mirror_up() {
             .await;
             let frozen = bytes(&still).await;
             run(&copy).await;
-            g.complete_job_filter(&filter, "t", None).await.unwrap();
+            g.complete_job_filter(&filter, "t").await.unwrap();
             expect(&g, &["vm.root -> t", "o.backing -> n", "#backend.root -> n"]).await;
             let model = client.await;
             assert_eq!(bytes(&vm).await, model, "seed {seed}");
@@ -270,7 +264,7 @@ fn two_filters_on_one_node() {
             run(&mirrored).await;
             run(&copy).await;
             let (m, c) = if newest == "backup" { (first, second) } else { (second, first) };
-            g.complete_job_filter(&m, "t", None).await.unwrap();
+            g.complete_job_filter(&m, "t").await.unwrap();
             g.remove_job_filter(c).await.unwrap();
             expect(&g, &["vm.root -> t", "o.backing -> n"]).await;
             let model = client.await;
@@ -395,7 +389,7 @@ fn refusals() {
         let snapshot: Result<()> = g.blockdev_snapshot(&name, "o").await;
         refused(&g, &p, snapshot, InvalidInput, says).await;
         refused(&g, &p, g.blockdev_del(&name).await, InvalidInput, says).await;
-        let r = g.block_resize("vm", 128 * BLOCK).await;
+        let r = g.block_resize("vm", 128 * BLOCK, false).await;
         refused(&g, &p, r, InUse, "is being copied by job 'm0'").await;
         // The job's own edge stays where it is.
         let source = p.iter().find(|l| l.starts_with("#backend") && l.contains("#mirror"));
@@ -406,11 +400,11 @@ fn refusals() {
         let only_reads = BackendOptions { alone: true, ..reader() };
         g.attach("o", "export 'alone'", only_reads).await.unwrap();
         let p = picture(&g).await;
-        let r = g.complete_job_filter(&filter, "o", None).await;
+        let r = g.complete_job_filter(&filter, "o").await;
         refused(&g, &p, r, InUse, "conflict on node 'o'").await;
-        let r = g.complete_job_filter(&filter, "small", None).await;
+        let r = g.complete_job_filter(&filter, "small").await;
         refused(&g, &p, r, InvalidInput, "less than the").await;
-        g.complete_job_filter(&filter, "t", None).await.unwrap();
+        g.complete_job_filter(&filter, "t").await.unwrap();
     });
 }
 

@@ -1,15 +1,11 @@
 //! Backends without clients, their trays and media, and what becomes of failed requests.
-#![allow(missing_docs)]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-mod common;
 
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::steps::{read_byte, refused, sim, write_byte, writer};
-use common::{add_overlay, map, picture};
+use crate::common::steps::{read_byte, refused, sim, write_byte, writer};
+use crate::common::{add_overlay, map, picture};
 use gipfel_base::ErrorKind;
 use gipfel_graph::{BackendOptions, Graph, IoStatus, OnError, ZeroDetection};
 use gipfel_io::time::sleep;

@@ -3,18 +3,15 @@
 //! oracle; clients check what they read, and at the end nothing is left (`common/stage.rs`).
 //!
 //! `GIPFEL_SEED` runs one history, `GIPFEL_SOAK=1` many more.
-#![allow(missing_docs)]
-
-mod common;
 
 use std::cell::RefCell;
 
-use common::caught;
-use common::lab::Call;
-use common::mutate::*;
-use common::notation::{Door, NodeSketch, Sketch};
-use common::oracle::{data_of, has_cycle, permissions, reaches};
-use common::stage::{Outcome, Stage};
+use crate::common::caught;
+use crate::common::lab::Call;
+use crate::common::mutate::*;
+use crate::common::notation::{Door, NodeSketch, Sketch};
+use crate::common::oracle::{data_of, has_cycle, permissions, reaches};
+use crate::common::stage::{Outcome, Stage};
 use gipfel_graph::ReplaceEdges;
 use gipfel_io::sim::{Rng, World};
 

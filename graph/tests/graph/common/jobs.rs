@@ -126,7 +126,15 @@ fn spec(def: &'static DriverDef, job: &str, target: &str) -> (JobFilterSpec, Sha
     });
     let binding = if before_write { Binding::Content } else { Binding::Position };
     let others = vec![target.to_owned()];
-    let spec = JobFilterSpec { job: job.to_owned(), name: None, def, binding, others, make };
+    let spec = JobFilterSpec {
+        job: job.to_owned(),
+        name: None,
+        def,
+        binding,
+        others,
+        replaces: None,
+        make,
+    };
     (spec, shared)
 }
 

@@ -1,16 +1,12 @@
 //! The rules of mutators.md for the mutators there are so far, in the simulated world.
-#![allow(missing_docs)]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-mod common;
 
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::steps::{read_byte, reader, refused, sim, write_byte, writer};
-use common::{BLOCK, add_overlay, map, picture};
+use crate::common::steps::{read_byte, reader, refused, sim, write_byte, writer};
+use crate::common::{BLOCK, add_overlay, map, picture};
 use gipfel_base::ErrorKind;
 use gipfel_graph::{BackendOptions, Follow, Graph, ReplaceEdges, ZeroDetection};
 use gipfel_io::sim::Rng;

@@ -1,18 +1,12 @@
 //! A graph over drivers that live in memory, for tests of the graph.
 
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod fan;
-#[allow(dead_code, reason = "each test file uses its own part")]
+pub mod jobs;
 pub mod lab;
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod mutate;
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod notation;
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod oracle;
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod stage;
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub mod steps;
 
 use std::cell::RefCell;
@@ -23,24 +17,31 @@ use std::sync::Once;
 use gipfel_graph::Graph;
 use serde_json::{Map, Value, json};
 
-#[allow(unused_imports, reason = "each test file uses its own part")]
 pub use lab::BLOCK;
 
 /// An empty graph over these drivers.
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub fn graph() -> Rc<Graph> {
     Graph::new(lab::registry(&std::sync::Arc::default()))
 }
 
-/// Runs `f`; where it panics, says with what words and where. Nothing is printed.
-#[allow(dead_code, reason = "each test file uses its own part")]
+/// Runs `f`; where it panics, says with what words and where. Nothing is printed then.
 pub fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
-    thread_local!(static WORDS: RefCell<String> = const { RefCell::new(String::new()) });
-    static QUIET: Once = Once::new();
-    QUIET.call_once(|| {
-        panic::set_hook(Box::new(|info| WORDS.with(|w| *w.borrow_mut() = info.to_string())));
+    // What was said last, on a thread that wants to know.
+    thread_local!(static WORDS: RefCell<Option<String>> = const { RefCell::new(None) });
+    static LISTEN: Once = Once::new();
+    LISTEN.call_once(|| {
+        let usual = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            WORDS.with_borrow_mut(|w| match w {
+                Some(words) => *words = info.to_string(),
+                None => usual(info),
+            });
+        }));
     });
-    panic::catch_unwind(AssertUnwindSafe(f)).map_err(|_| WORDS.with(|w| w.take()))
+    WORDS.set(Some(String::new()));
+    let r = panic::catch_unwind(AssertUnwindSafe(f));
+    let words = WORDS.take().unwrap_or_default();
+    r.map_err(|_| words)
 }
 
 /// A JSON object as options.
@@ -52,7 +53,6 @@ pub fn map(v: Value) -> Map<String, Value> {
 }
 
 /// Adds an overlay node without a backing node.
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub async fn add_overlay(g: &Rc<Graph>, name: &str) -> gipfel_base::Result<()> {
     let file = json!({ "driver": "mem" });
     let o = json!({ "driver": "overlay", "node-name": name, "file": file, "backing": null });
@@ -60,7 +60,6 @@ pub async fn add_overlay(g: &Rc<Graph>, name: &str) -> gipfel_base::Result<()> {
 }
 
 /// The graph as sorted lines `PARENT.CHILD -> NODE`, implicit nodes included.
-#[allow(dead_code, reason = "each test file uses its own part")]
 pub async fn picture(g: &Rc<Graph>) -> Vec<String> {
     let m = g.model().await;
     let mut lines: Vec<_> = m

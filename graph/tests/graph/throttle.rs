@@ -1,26 +1,14 @@
 //! The implicit throttle of a backend (mutators.md, row block_set_io_throttle), in the simulated
 //! world.
-#![allow(missing_docs)]
-
-#[allow(dead_code, reason = "each test file uses its own part")]
-mod common;
 
 use std::cell::Cell;
 use std::rc::Rc;
 
-use common::{BLOCK, add_overlay, graph, picture};
+use crate::common::steps::{sim, writer};
+use crate::common::{BLOCK, add_overlay, picture};
 use gipfel_base::ErrorKind;
 use gipfel_graph::{BackendOptions, Graph, ZeroDetection};
-use gipfel_io::sim::World;
 use gipfel_io::{Buf, spawn_local};
-
-fn sim<F: Future>(seed: u64, f: impl FnOnce(Rc<Graph>) -> F) -> F::Output {
-    World::new(seed).run(async move { f(graph()).await })
-}
-
-fn writer() -> BackendOptions {
-    BackendOptions { writable: true, ..Default::default() }
-}
 
 /// The nodes below a backend, topmost first, without the numbers of implicit ones.
 async fn stack(g: &Rc<Graph>, backend: &str) -> Vec<String> {
