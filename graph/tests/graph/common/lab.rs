@@ -16,7 +16,7 @@ use gipfel_io::time::sleep;
 use gipfel_io::{Buf, File, OpenOptions};
 use gipfel_node::{
     Access, Binding, Child, ChildSpec, CreateArgs, Driver, DriverDef, DriverInfo, IoFuture, Kind,
-    Mapping, OpenArgs, Opened, Perms, Role, Status, WriteFlags, ZeroFlags,
+    Mapping, OpenArgs, Opened, Perm, Perms, Role, Status, WriteFlags, ZeroFlags,
 };
 
 /// Bytes of one block: what the overlay format allocates, and what a tag is written to.
@@ -244,6 +244,18 @@ impl Driver for Memory {
         })
     }
 
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(async move {
+            let mut s = self.state.inner.lock().unwrap();
+            if !s.perms.used.contains(Perm::RESIZE) {
+                let text = format!("'{}' is resized without a permission", self.name);
+                self.lab.wrong.lock().unwrap().push(text);
+            }
+            s.bytes.resize(size as usize, 0);
+            Ok(())
+        })
+    }
+
     fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
         let info = DriverInfo { filename: self.filename.clone(), ..DriverInfo::default() };
         Box::pin(async move { Ok(info) })
@@ -302,7 +314,7 @@ static MEMORY: DriverDef = DriverDef {
 /// Blocks in its `file` child over a backing child; which blocks are its own it only remembers.
 struct Overlay {
     children: Vec<Arc<Child>>,
-    size: u64,
+    size: AtomicU64,
     own: Mutex<BTreeSet<u64>>,
 }
 
@@ -319,11 +331,19 @@ impl Overlay {
 
 impl Driver for Overlay {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Relaxed)
     }
 
     fn children(&self) -> &[Arc<Child>] {
         &self.children
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(async move {
+            resize_below(&self.children[0], size).await?;
+            self.size.store(size, Relaxed);
+            Ok(())
+        })
     }
 
     fn map(&self, access: Access, range: ByteRange) -> Mapping<'_> {
@@ -342,8 +362,10 @@ impl Driver for Overlay {
             // Entered once: which node is below does not change between the question and the read.
             let below = self.children[1].enter().await;
             match below.as_ref() {
-                Some(n) => Child::new("below", Some(n.clone())).read(offset, buf).await,
-                None => {
+                Some(n) if offset < n.size() => {
+                    Child::new("below", Some(n.clone())).read(offset, buf).await
+                }
+                _ => {
                     buf.fill(0);
                     Ok(())
                 }
@@ -383,7 +405,7 @@ impl Driver for Overlay {
 }
 
 async fn open_overlay(a: OpenArgs) -> Result<Opened> {
-    let size = a.children[0].size().await?;
+    let size = AtomicU64::new(a.children[0].size().await?);
     let driver = Box::new(Overlay { children: a.children, size, own: Mutex::default() });
     Ok(Opened { driver, implicit: Vec::new() })
 }
@@ -406,12 +428,20 @@ static OVERLAY: DriverDef = DriverDef {
     check: None,
 };
 
+async fn resize_below(child: &Child, size: u64) -> Result<()> {
+    child.node().await.expect("it stands on something").driver().resize(size).await
+}
+
 /// Passes everything on.
-struct Pass(Vec<Arc<Child>>, u64);
+struct Pass(Vec<Arc<Child>>);
 
 impl Driver for Pass {
     fn size(&self) -> u64 {
-        self.1
+        self.0[0].size_now()
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(resize_below(&self.0[0], size))
     }
 
     fn children(&self) -> &[Arc<Child>] {
@@ -448,8 +478,7 @@ impl Driver for Pass {
 }
 
 async fn open_pass(a: OpenArgs) -> Result<Opened> {
-    let size = a.children[0].size().await?;
-    Ok(Opened { driver: Box::new(Pass(a.children, size)), implicit: Vec::new() })
+    Ok(Opened { driver: Box::new(Pass(a.children)), implicit: Vec::new() })
 }
 
 static PASS: DriverDef = DriverDef {
