@@ -132,6 +132,8 @@ struct Memory {
     state: Arc<State>,
     filename: Option<String>,
     fail_flush: AtomicBool,
+    /// How long a write takes besides.
+    slow: Duration,
     /// What it says it has to flush; writing back takes long for that.
     unflushed: AtomicU64,
 }
@@ -173,6 +175,9 @@ impl Driver for Memory {
     fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
         Box::pin(async move {
             pause(offset ^ 77).await;
+            if !self.slow.is_zero() {
+                sleep(self.slow).await;
+            }
             let bytes = buf.to_vec();
             let tags = bytes.chunks_exact(BLOCK as usize).map(tag_of);
             self.arrive("a write", tags, flags);
@@ -289,6 +294,7 @@ async fn open_memory(lab: Arc<Lab>, a: OpenArgs) -> Result<Opened> {
         lab,
         state,
         filename,
+        slow: Duration::from_millis(a.options["slow"].as_u64().unwrap_or(0)),
         fail_flush: AtomicBool::new(a.options["fail-flush"].as_bool().unwrap_or(false)),
         unflushed: AtomicU64::new(a.options["unflushed"].as_u64().unwrap_or(0)),
     });
@@ -497,7 +503,8 @@ static PASS: DriverDef = DriverDef {
 };
 
 /// The drivers of `lab`, with the real implicit filters. Throttle groups are made as they are
-/// named and hold nothing back; there is no group "none".
+/// named and hold nothing back, but for the group "tight", which lets 100 requests a second pass;
+/// there is no group "none".
 pub fn registry(lab: &Arc<Lab>) -> Registry {
     let implicit = ImplicitFilters {
         detect_zeroes: (&detect_zeroes::DETECT_ZEROES, detect_zeroes::make),
@@ -511,7 +518,15 @@ pub fn registry(lab: &Arc<Lab>) -> Registry {
             &throttle::THROTTLE,
             Box::new(move |child, group, owner| match group {
                 "none" => Err(Error::invalid("there is no group 'none'")),
-                _ => groups.make(child, group, owner),
+                _ => {
+                    let made = groups.make(child, group, owner)?;
+                    if group == "tight" {
+                        let mut limits = throttle::Limits::default();
+                        limits.set("iops-total", 100)?;
+                        groups.get(group)?.set_limits(limits)?;
+                    }
+                    Ok(made)
+                }
             }),
         )
 }

@@ -712,5 +712,11 @@ pub fn view(m: &impl Deref<Target = Model>) -> View {
         sketch.doors.insert(b.name.clone(), door);
     }
     assert_eq!(links, sketch.edges(), "filters are not where they belong:\n{sketch}");
+    // A job's filter has the size that its disk had when the job began.
+    for (_, b) in m.backends().filter(|_| sketch.jobs().next().is_none()) {
+        let d = &sketch.doors[&b.name];
+        let shown = d.to.as_ref().filter(|_| d.tray != Some(true)).map_or(0, |t| sketch.size(t));
+        assert_eq!(b.live.size(), shown, "the size that backend '{}' shows of\n{sketch}", b.name);
+    }
     View { sketch, edges, drains, above }
 }
