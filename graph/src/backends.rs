@@ -35,7 +35,8 @@ impl Graph {
         model.check_backend_name(&name)?;
         let medium = node.map(|n| model.find_disk(n)).transpose()?.map(NewMedium::Node);
         let (id, live) = self.new_backend(&mut model, name, options, medium, None).await?;
-        live.hide(model.backend(id).tray.is_some_and(|t| t.open));
+        // One that has no medium and no tray either never gets any.
+        live.hide(model.backend(id).tray.map_or(node.is_none(), |t| t.open));
         Ok(id)
     }
 

@@ -122,10 +122,11 @@ impl Graph {
     }
 
     /// Takes a job filter out again, with the job's source: whoever stands on it then stands on
-    /// what is below.
-    pub async fn remove_job_filter(self: &Rc<Self>, filter: JobFilter) -> Result<()> {
+    /// what is below. Where something outside the graph makes it fail, all stays and it can be
+    /// tried again.
+    pub async fn remove_job_filter(self: &Rc<Self>, filter: &JobFilter) -> Result<()> {
         let mut model = self.state.lock().await;
-        self.transact(&mut model, |draft| remove(draft, &filter)).await.map(drop)
+        self.transact(&mut model, |draft| remove(draft, filter)).await.map(drop)
     }
 
     /// Takes a job filter out and puts the node `target` in the place of the disk that it is on,
@@ -138,6 +139,9 @@ impl Graph {
     ) -> Result<()> {
         let mut model = self.state.lock().await;
         let new = model.find_node(target)?;
+        if model.get_node(filter.filter).is_none() {
+            return Err(gone());
+        }
         let disk = model.under_side(filter.filter);
         let old = filter.replaces.unwrap_or(disk);
         // The disk may have got an overlay since the start.
@@ -163,6 +167,10 @@ impl Graph {
         .await
         .map(drop)
     }
+}
+
+fn gone() -> Error {
+    Error::new(ErrorKind::NotFound, "the job's filter is gone already")
 }
 
 /// The nodes that show what `disk` shows, from there downwards: through filters, and through nodes
@@ -331,6 +339,9 @@ fn take_out(draft: &mut Draft<'_>, filter: NodeId, but: &[EdgeId]) -> Result<Nod
 }
 
 fn remove(draft: &mut Draft<'_>, f: &JobFilter) -> Result<()> {
+    if draft.get_node(f.filter).is_none() {
+        return Err(gone());
+    }
     let root = draft.backend(f.backend).root;
     for e in f.frozen.iter().chain([&root]) {
         draft.edge_mut(*e).frozen = None;

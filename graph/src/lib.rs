@@ -28,6 +28,7 @@ mod resize;
 mod snapshot;
 mod throttle;
 mod transaction;
+mod ways;
 
 pub use backend::{Backend, Follow};
 pub use backends::Tray;

@@ -96,21 +96,12 @@ impl Graph {
     /// Says whether the tray moved.
     pub async fn open_tray(self: &Rc<Self>, id: BackendId, force: bool) -> Result<bool> {
         let mut model = self.state.lock().await;
-        self.open_tray_of(&mut model, id, force).await
-    }
-
-    async fn open_tray_of(
-        self: &Rc<Self>,
-        model: &mut Model,
-        id: BackendId,
-        force: bool,
-    ) -> Result<bool> {
-        let tray = tray(model, id)?;
+        let tray = tray(&model, id)?;
         if tray.open {
             return Ok(false);
         }
-        check_unlocked(model, id, tray, force)?;
-        let mut draft = Draft::new(model);
+        check_unlocked(&model, id, tray, force)?;
+        let mut draft = Draft::new(&mut model);
         set_open(&mut draft, id, true);
         draft.keep();
         let live = model.backend(id).live.clone();
@@ -161,9 +152,23 @@ impl Graph {
     /// eject: opens the tray and removes the medium. Says whether the tray moved.
     pub async fn eject(self: &Rc<Self>, id: BackendId, force: bool) -> Result<bool> {
         let mut model = self.state.lock().await;
-        let moved = self.open_tray_of(&mut model, id, force).await?;
-        self.transact(&mut model, |draft| put(draft, id, None)).await?;
-        Ok(moved)
+        let tray = tray(&model, id)?;
+        if !tray.open {
+            check_unlocked(&model, id, tray, force)?;
+        }
+        let live = model.backend(id).live.clone();
+        // Later requests find no medium, earlier ones end on it.
+        live.hide(true);
+        let edit = |draft: &mut Draft<'_>| {
+            set_open(draft, id, true);
+            if !tray.open {
+                draft.drain(draft.backend(id).root);
+            }
+            put(draft, id, None)
+        };
+        let done = self.transact(&mut model, edit).await.map(drop);
+        live.hide(done.is_ok() || tray.open);
+        done.map(|()| !tray.open)
     }
 
     /// blockdev-change-medium: opens the new image and puts it in the old one's place, all or

@@ -321,6 +321,7 @@ impl Model {
         let owner = match e.parent {
             Parent::Backend(b) => Owner::Backend(b),
             Parent::Node(n) => match self.node(n).implicit {
+                _ if let Some(j) = &self.node(n).job => return format!("job '{}'", j.job),
                 Some(owner) => owner,
                 None => return format!("node '{}' (its child '{}')", self.node(n).name, e.name),
             },
@@ -341,61 +342,6 @@ impl Model {
             _ => n.added_by_user,
         };
         self.get_node(id).is_some_and(|n| n.parents.is_empty() && !held(n))
-    }
-
-    /// Whether `to` is `from` or can be reached from it.
-    pub fn reaches(&self, from: NodeId, to: NodeId) -> bool {
-        let mut seen = BTreeSet::new();
-        let mut open = vec![from];
-        while let Some(n) = open.pop() {
-            if n == to {
-                return true;
-            }
-            if seen.insert(n) {
-                open.extend(self.node(n).children.iter().filter_map(|e| self.edge(*e).target));
-            }
-        }
-        false
-    }
-
-    /// The number of nodes on the longest way down from `n`, `n` included.
-    fn depth_below(&self, n: NodeId, known: &mut HashMap<NodeId, usize>) -> usize {
-        // An explicit stack: chains are deep and the process stack is not the place for them.
-        let mut open = vec![(n, false)];
-        while let Some((x, children_known)) = open.pop() {
-            if known.contains_key(&x) {
-                continue;
-            }
-            let below = || self.node(x).children.iter().filter_map(|e| self.edge(*e).target);
-            if children_known {
-                let d = below().map(|c| known.get(&c).copied().unwrap_or(0)).max().unwrap_or(0);
-                known.insert(x, d + 1);
-            } else {
-                open.push((x, true));
-                open.extend(below().map(|c| (c, false)));
-            }
-        }
-        known[&n]
-    }
-
-    /// The number of nodes on the longest way up from `n`, `n` not included.
-    fn depth_above(&self, n: NodeId) -> usize {
-        let mut depth = 0;
-        let mut level: BTreeSet<NodeId> = [n].into();
-        loop {
-            level = level
-                .iter()
-                .flat_map(|x| self.node(*x).parents.iter())
-                .filter_map(|e| match self.edge(*e).parent {
-                    Parent::Node(p) => Some(p),
-                    Parent::Backend(_) => None,
-                })
-                .collect();
-            if level.is_empty() || depth > MAX_CHAIN_DEPTH {
-                return depth;
-            }
-            depth += 1;
-        }
     }
 
     /// Whether a name may be given to a node or backend by a user.
@@ -436,6 +382,8 @@ impl Model {
 pub struct Draft<'a> {
     model: &'a mut Model,
     pub(crate) before: Before,
+    /// Edges that are drained though they lead where they led.
+    pub(crate) drained: BTreeSet<EdgeId>,
 }
 
 /// What a draft has touched, as it was.
@@ -457,7 +405,12 @@ impl Deref for Draft<'_> {
 impl<'a> Draft<'a> {
     /// A draft that begins as the present state.
     pub fn new(model: &'a mut Model) -> Draft<'a> {
-        Draft { model, before: Before::default() }
+        Draft { model, before: Before::default(), drained: BTreeSet::new() }
+    }
+
+    /// Lets the requests that go through an edge end before the change.
+    pub(crate) fn drain(&mut self, id: EdgeId) {
+        self.drained.insert(id);
     }
 
     /// Makes the draft the present state.

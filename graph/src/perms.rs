@@ -137,25 +137,3 @@ fn check(model: &Model, n: NodeId) -> Result<()> {
     }
     Ok(())
 }
-
-impl Model {
-    /// How far from the clients an edge is: the longest way down to it.
-    pub(crate) fn rank(&self, e: EdgeId) -> usize {
-        let mut rank = 0;
-        let mut level: BTreeSet<EdgeId> = [e].into();
-        loop {
-            level = level
-                .iter()
-                .filter_map(|e| match self.edge(*e).parent {
-                    Parent::Node(p) => Some(p),
-                    Parent::Backend(_) => None,
-                })
-                .flat_map(|p| self.node(p).parents.iter().copied())
-                .collect();
-            if level.is_empty() {
-                return rank;
-            }
-            rank += 1;
-        }
-    }
-}

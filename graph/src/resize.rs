@@ -7,7 +7,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use gipfel_base::{Error, ErrorKind, Result, ResultExt};
-use gipfel_node::{Child, Role};
+use gipfel_io::Drained;
+use gipfel_node::{Child, Node, Role};
 
 use crate::backend::Follow;
 use crate::graph::{BackendOptions, Graph, NewMedium};
@@ -76,6 +77,11 @@ fn writers(model: &Model, way: &[NodeId]) -> Vec<Arc<Child>> {
     outer.filter(|e| e.perms.writes()).map(|e| e.live.clone()).collect()
 }
 
+async fn drain(edges: &[Arc<Child>]) -> Vec<Drained<'_, Option<Arc<Node>>>> {
+    let drains = edges.iter().map(|e| Box::pin(e.drain()) as Pin<Box<dyn Future<Output = _>>>);
+    join(drains.collect()).await
+}
+
 impl Graph {
     /// Changes the size of the node or backend called `name`, in bytes. Who writes there waits
     /// meanwhile; filters and clients then show the new size. With `shrink` it may become smaller,
@@ -92,17 +98,15 @@ impl Graph {
         let made = self.new_backend(&mut model, own, options, medium, Some("block_resize"));
         let (backend, _) = made.await?;
         let live = model.node(id).live.clone();
-        let resized = async {
-            {
-                let drains =
-                    edges.iter().map(|e| Box::pin(e.drain()) as Pin<Box<dyn Future<Output = _>>>);
-                let _held = join(drains.collect()).await;
-                live.driver().resize(size).await?;
-            }
-            // What is taken back below is the right to write, so all is written by then.
-            live.driver().flush().await
+        let resized = {
+            let _held = drain(&edges).await;
+            live.driver().resize(size).await.at(|| format!("node '{}'", live.name()))
         };
-        let resized = resized.await.at(|| format!("node '{}'", live.name()));
+        // What is taken back below is the right to write, so all is written by then. Its failure
+        // changes nothing any more.
+        if let Err(e) = live.driver().flush().await {
+            eprintln!("gipfel: flushing node '{}' after its change of size: {e}", live.name());
+        }
         self.transact(&mut model, |draft| draft.remove_backend(backend)).await?;
         resized
     }

@@ -20,7 +20,7 @@ use gipfel_node::{Child, CopySet, Node, Perm, Perms};
 
 use crate::copies::copies;
 use crate::graph::Graph;
-use crate::model::{Draft, Model, NodeId, Parent};
+use crate::model::{Draft, EdgeId, Model, NodeId, Parent};
 use crate::{perms, picture};
 
 /// An edge that gets a new end.
@@ -160,6 +160,16 @@ impl Plan {
             let (edge, rank) = (now.live.clone(), draft.rank(*id));
             swaps.push(Swap { edge, from: was, to, onto_lower, rank });
         }
+        let stays = |id: &&EdgeId| match draft.before.edges.get(*id) {
+            Some(Some(b)) => b.target == draft.edge(**id).target,
+            _ => true,
+        };
+        swaps.extend(draft.drained.iter().filter(stays).map(|id| {
+            let now = draft.edge(*id);
+            let to = now.target.map(|n| draft.node(n).live.clone());
+            let (edge, rank) = (now.live.clone(), draft.rank(*id));
+            Swap { edge, from: None, to, onto_lower: false, rank }
+        }));
         swaps.sort_by_key(|s| s.rank);
         let (resettled, dropped) = resettled(draft);
         let mut changes = Vec::new();

@@ -337,3 +337,32 @@ fn sets_below_sets_change_too() {
         writes.await;
     });
 }
+
+/// A child that goes is waited for by whoever takes it out, and by no request.
+#[test]
+fn a_slow_child_that_goes_holds_nobody_up() {
+    sim(9, async |g| {
+        add_q(&g).await;
+        let slow = json!({ "driver": "mem", "node-name": "slow", "size": SIZE, "slow": 50 });
+        g.blockdev_add(map(slow)).await.unwrap();
+        add(&g, "slow").await.unwrap();
+        let (_, b) = g.attach("q", "export 'e'", writer()).await.unwrap();
+        let first = b.clone();
+        let first = spawn_local(async move { write_slot(&first, 0, 1).await });
+        sleep(std::time::Duration::from_millis(1)).await;
+        let (graph, held) = (g.clone(), b.clone());
+        let change = spawn_local(async move {
+            remove(&graph, "children.3").await.unwrap();
+            held
+        });
+        sleep(std::time::Duration::from_millis(1)).await;
+        timeout(std::time::Duration::from_millis(5), write_slot(&b, 1, 2))
+            .await
+            .expect("a write waits for the child that goes");
+        assert!(!first.is_finished() && !change.is_finished());
+        first.await;
+        change.await;
+        assert_eq!(bytes_of(&g, "slow").await[0], 1, "what was in flight reached it");
+        assert_eq!(bytes_of(&g, "slow").await[BLOCK as usize], 0);
+    });
+}

@@ -7,12 +7,12 @@
 use std::cell::RefCell;
 
 use crate::common::caught;
-use crate::common::lab::Call;
+use crate::common::lab::{Call, SIZE};
 use crate::common::mutate::*;
 use crate::common::notation::{Door, NodeSketch, Sketch};
-use crate::common::oracle::{data_of, has_cycle, permissions, reaches};
+use crate::common::oracle::{data_of, has_cycle, permissions, reaches, showing_below};
 use crate::common::stage::{Outcome, Stage};
-use gipfel_graph::ReplaceEdges;
+use gipfel_graph::{ChildChange, ReplaceEdges};
 use gipfel_io::sim::{Rng, World};
 
 /// Histories of the ordinary run.
@@ -43,6 +43,8 @@ fn random_door(s: &Sketch, rng: &mut Rng) -> Door {
         follows_node,
         along,
         client: along || !rng.one_in(4),
+        tray: None,
+        resizes: false,
     }
 }
 
@@ -71,7 +73,8 @@ fn random_graph(rng: &mut Rng) -> Sketch {
     }
     for _ in 0..1 + rng.below(3) {
         let mut with = s.clone();
-        let d = random_door(&s, rng);
+        let mut d = random_door(&s, rng);
+        d.tray = (!d.along && rng.one_in(3)).then_some(d.to.is_none());
         with.doors.insert(fresh(&s, "b"), d);
         if permissions(&with).is_ok() {
             s = with;
@@ -81,7 +84,7 @@ fn random_graph(rng: &mut Rng) -> Sketch {
 }
 
 fn random_add(s: &Sketch, rng: &mut Rng) -> Add {
-    let letter = *pick(rng, &["o", "o", "o", "f", "m"]).unwrap();
+    let letter = *pick(rng, &["o", "o", "o", "o", "t", "f", "f", "m", "m", "q"]).unwrap();
     let name = match rng.one_in(20) {
         true => random_node(s, rng).unwrap_or_else(|| fresh(s, letter)),
         false => fresh(s, letter),
@@ -89,6 +92,9 @@ fn random_add(s: &Sketch, rng: &mut Rng) -> Add {
     let overlay = NodeSketch::new(&name).driver == "overlay";
     let bare = overlay && !rng.one_in(3);
     let on = random_node(s, rng).filter(|_| !bare && !name.starts_with('m'));
+    if on.is_none() && name.starts_with('q') {
+        return random_add(s, rng);
+    }
     Add { name, on, zeroes: rng.one_in(4), read_only: rng.one_in(12) }
 }
 
@@ -105,13 +111,18 @@ fn random_snapshot(s: &Sketch, rng: &mut Rng) -> Option<Snapshot> {
     }
     let free = |n: &str| {
         let node = &s.nodes[n];
-        node.driver == "overlay" && node.child("backing").is_none() && s.users(n).is_empty()
+        let empty = node.driver == "overlay" && !n.starts_with('t');
+        empty && node.child("backing").is_none() && s.users(n).is_empty()
     };
-    Some(Snapshot { disk, overlay: likely_node(s, rng, free)?, sync: None })
+    // What a job copied to is no empty overlay.
+    let overlay = likely_node(s, rng, free).filter(|o| !o.starts_with('t'))?;
+    Some(Snapshot { disk, overlay, sync: None })
 }
 
 fn random_replace(s: &Sketch, rng: &mut Rng) -> Option<Replace> {
-    let edges: Vec<_> = s.links().into_iter().filter(|l| !l.0.contains(".file.")).collect();
+    // Those of jobs have names that nobody knows.
+    let known = |l: &str| !l.contains(".file.") && !l.contains(['/', '~']);
+    let edges: Vec<_> = s.links().into_iter().filter(|l| known(&l.0)).collect();
     let (edge, to) = pick(rng, &edges)?.clone();
     let same = |n: &str| to.as_ref().is_some_and(|t| data_of(s, t) == data_of(s, n));
     let with = likely_node(s, rng, |n| same(n) && Some(n) != to.as_deref())?;
@@ -131,7 +142,7 @@ fn random_reopen(s: &Sketch, rng: &mut Rng) -> Option<Reopen> {
         let n = &s.nodes[&node];
         let seen = s.doors.values().any(|d| d.to.as_ref().is_some_and(|t| reaches(s, t, &node)));
         let mut children = Vec::new();
-        if let Some((c, now)) = pick(rng, &n.children).filter(|_| rng.one_in(2)) {
+        if let Some((c, now)) = pick(rng, &n.children).filter(|c| c.0.len() < 9 && rng.one_in(2)) {
             // What clients see stays the same: other bytes would be a change of medium.
             let same =
                 |t: &str| !seen || now.as_ref().is_some_and(|o| data_of(s, o) == data_of(s, t));
@@ -151,6 +162,69 @@ fn random_reopen(s: &Sketch, rng: &mut Rng) -> Option<Reopen> {
     Some(Reopen(list))
 }
 
+fn random_media(s: &Sketch, rng: &mut Rng) -> Option<Media> {
+    let trays: Vec<_> = s.doors.iter().filter(|d| d.1.tray.is_some()).map(|d| d.0).collect();
+    let door = (*pick(rng, &trays)?).clone();
+    let what = match (rng.below(5), s.doors[&door].tray) {
+        (0, _) => Tray::Eject,
+        (1, _) => Tray::Remove,
+        (2, Some(false)) | (3, _) => Tray::Open,
+        (2, _) => Tray::Insert(random_node(s, rng)?),
+        _ if s.doors[&door].to.is_none() => Tray::Insert(random_node(s, rng)?),
+        _ => Tray::Close,
+    };
+    Some(Media { door, what })
+}
+
+fn random_child(s: &Sketch, rng: &mut Rng) -> Option<ChangeChild> {
+    let parent = likely_node(s, rng, |n| s.nodes[n].driver == "fan")?;
+    let n = &s.nodes[&parent];
+    let change = match n.children.iter().skip(1).next_back() {
+        // What is read is the first, and a new one holds nothing yet.
+        Some((c, _)) if rng.one_in(2) => ChildChange::Remove(c.clone()),
+        _ => ChildChange::Add(likely_node(s, rng, |m| s.users(m).is_empty())?),
+    };
+    Some(ChangeChild { parent, change })
+}
+
+fn random_resize(s: &Sketch, rng: &mut Rng) -> Option<Resize> {
+    let nodes = likely_node(s, rng, |n| !s.users(n).is_empty())?;
+    let doors: Vec<_> = s.doors.keys().cloned().collect();
+    let disk = pick(rng, &doors).filter(|_| rng.one_in(3)).cloned().unwrap_or(nodes);
+    let node = s.doors.get(&disk).map_or(Some(&disk), |d| d.to.as_ref())?;
+    // What has copies cannot be resized, and says so late.
+    (s.nodes[data_of(s, node)].driver != "fan").then_some(())?;
+    let size = SIZE + rng.below(3) * SIZE / 2;
+    Some(Resize { disk, size, shrink: rng.one_in(2) })
+}
+
+fn random_job(s: &Sketch, rng: &mut Rng) -> Option<Box<dyn Mutator>> {
+    let jobs: Vec<_> = s.jobs().collect();
+    if jobs.len() == 2 || !jobs.is_empty() && rng.one_in(2) {
+        let j = pick(rng, &jobs)?;
+        // What a job is to replace, the graph says only by the edges that rest.
+        let replaced = j.frozen.first().and_then(|l| s.links().into_iter().find(|x| x.0 == *l));
+        return Some(match j.mirror && !rng.one_in(3) && !Sketch::is_anonymous(&j.target) {
+            true => boxed(JobComplete {
+                id: j.id.clone(),
+                target: j.target.clone(),
+                replaces: replaced.and_then(|l| l.1),
+            }),
+            false => boxed(JobEnd(j.id.clone())),
+        });
+    }
+    let id = ["j0", "j1"].into_iter().find(|i| jobs.iter().all(|j| j.id != *i))?.to_owned();
+    let disk = likely_node(s, rng, |n| !s.users(n).is_empty())?;
+    let target = likely_node(s, rng, |n| n.starts_with('t') && s.users(n).is_empty())?;
+    let target = Some(target).filter(|t| t.starts_with('t'))?;
+    let mirror = rng.one_in(2);
+    let below = |n: &str| n != disk && showing_below(s, &disk).contains(n);
+    let replaces = likely_node(s, rng, below).filter(|_| mirror && rng.one_in(3));
+    // Without an edge that rests for it, nothing would say what is to be replaced.
+    let replaces = replaces.filter(|r| r != &disk);
+    Some(boxed(JobStart { id, mirror, disk, target, replaces }))
+}
+
 fn boxed(m: impl Mutator + 'static) -> Box<dyn Mutator> {
     Box::new(m)
 }
@@ -159,7 +233,7 @@ fn boxed(m: impl Mutator + 'static) -> Box<dyn Mutator> {
 fn random_change(s: &Sketch, rng: &mut Rng) -> Option<Box<dyn Mutator>> {
     let doors: Vec<String> = s.doors.keys().cloned().collect();
     let door = pick(rng, &doors).cloned();
-    Some(match rng.below(16) {
+    Some(match rng.below(25) {
         0..=2 => boxed(random_add(s, rng)),
         3..=6 => boxed(random_snapshot(s, rng)?),
         7..=9 => boxed(random_replace(s, rng)?),
@@ -183,7 +257,11 @@ fn random_change(s: &Sketch, rng: &mut Rng) -> Option<Box<dyn Mutator>> {
                 _ => boxed(Attach(door)),
             }
         }
-        _ => boxed(Del(likely_node(s, rng, |n| s.users(n).is_empty())?)),
+        15 => boxed(Del(likely_node(s, rng, |n| s.users(n).is_empty())?)),
+        16 | 17 => boxed(random_media(s, rng)?),
+        18 | 19 => boxed(random_child(s, rng)?),
+        20 | 21 => boxed(random_resize(s, rng)?),
+        _ => random_job(s, rng)?,
     })
 }
 

@@ -102,7 +102,7 @@ fn backup_start_and_end() {
         run(&copy).await;
         assert_eq!(read_byte(filter.source(), 0).await, read_byte(&vm, 0).await);
         g.detach(late).await.unwrap();
-        g.remove_job_filter(filter).await.unwrap();
+        g.remove_job_filter(&filter).await.unwrap();
         assert_eq!(picture(&g).await, before, "all is as at the start");
         let model = client.await;
         assert_eq!(bytes(&vm).await, model);
@@ -138,7 +138,7 @@ fn a_snapshot_leaves_a_backup_where_it_is() {
             let frozen = bytes(&still).await;
             run(&copy).await;
             let model = client.await;
-            g.remove_job_filter(filter).await.unwrap();
+            g.remove_job_filter(&filter).await.unwrap();
             expect(&g, &["vm.root -> o", "o.backing -> n", "#backend.root -> n"]).await;
             assert_eq!(bytes(&vm).await, model);
             assert_eq!(bytes(&still).await, frozen);
@@ -174,7 +174,7 @@ fn mirror_start_complete_and_cancel() {
                 g.complete_job_filter(&filter, "t").await.unwrap();
                 expect(&g, &["vm.root -> t", "#backend.root -> n"]).await;
             } else {
-                g.remove_job_filter(filter).await.unwrap();
+                g.remove_job_filter(&filter).await.unwrap();
                 expect(&g, &["vm.root -> n", "#backend.root -> n"]).await;
             }
             let frozen = bytes(&still).await;
@@ -265,7 +265,7 @@ fn two_filters_on_one_node() {
             run(&copy).await;
             let (m, c) = if newest == "backup" { (first, second) } else { (second, first) };
             g.complete_job_filter(&m, "t").await.unwrap();
-            g.remove_job_filter(c).await.unwrap();
+            g.remove_job_filter(&c).await.unwrap();
             expect(&g, &["vm.root -> t", "o.backing -> n"]).await;
             let model = client.await;
             assert_eq!(bytes(&vm).await, model);
@@ -298,7 +298,7 @@ fn a_job_goes_on_without_its_medium() {
         g.insert_medium(id, "n").await.unwrap();
         assert!(shape(&g).await.contains(&"cd.root -> #cbw".to_owned()));
         g.remove_medium(id).await.unwrap();
-        g.remove_job_filter(filter).await.unwrap();
+        g.remove_job_filter(&filter).await.unwrap();
         expect(&g, &[]).await;
         let (_, t) = g.attach("t", "test", reader()).await.unwrap();
         assert_eq!(read_byte(&t, 0).await, 7);
@@ -340,7 +340,7 @@ fn explicit_filters_and_detect_zeroes_come_and_go_beside_a_job() {
         g.blockdev_reopen(zeroes("off")).await.unwrap();
         assert_eq!(shape(&g).await, without);
         g.blockdev_reopen(zeroes("on")).await.unwrap();
-        g.remove_job_filter(filter).await.unwrap();
+        g.remove_job_filter(&filter).await.unwrap();
         g.blockdev_replace(&ReplaceEdges::OnlyOf("f".into()), "n").await.unwrap();
         g.blockdev_del("f").await.unwrap();
         expect(&g, &["vm.root -> #detect-zeroes", "#detect-zeroes.file -> n"]).await;
@@ -424,7 +424,7 @@ fn a_filter_that_the_user_named_shows() {
         let p = picture(&g).await;
         let r = g.blockdev_del("shown").await;
         refused(&g, &p, r, ErrorKind::InvalidInput, "job 'backup0' on node 'n'").await;
-        g.remove_job_filter(filter).await.unwrap();
+        g.remove_job_filter(&filter).await.unwrap();
         assert!(!names(&g).await);
     });
 }

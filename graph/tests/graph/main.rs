@@ -9,4 +9,5 @@ mod job_filters;
 mod matrix;
 mod media;
 mod mutators;
+mod refusals;
 mod throttle;

@@ -1,14 +1,17 @@
 //! The implicit throttle of a backend (mutators.md, row block_set_io_throttle), in the simulated
 //! world.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
-use crate::common::steps::{sim, writer};
+use crate::common::steps::{read_byte, reader, sim, write_byte, writer};
 use crate::common::{BLOCK, add_overlay, picture};
 use gipfel_base::ErrorKind;
-use gipfel_graph::{BackendOptions, Graph, ZeroDetection};
-use gipfel_io::{Buf, spawn_local};
+use gipfel_graph::{Backend, BackendOptions, Graph, ZeroDetection};
+use gipfel_io::time::{Instant, sleep};
+use gipfel_io::{Buf, Task, spawn_local};
 
 /// The nodes below a backend, topmost first, without the numbers of implicit ones.
 async fn stack(g: &Rc<Graph>, backend: &str) -> Vec<String> {
@@ -138,5 +141,69 @@ fn edges_are_granted_what_the_graph_settled() {
         assert_eq!(check().await, 3);
         g.detach(id).await.unwrap();
         assert_eq!(check().await, 0);
+    });
+}
+
+/// Writes of one block each, and the numbers of those that have ended.
+fn queue(disk: &Arc<Backend>, writes: u64) -> (Rc<RefCell<Vec<u64>>>, Vec<Task<()>>) {
+    let ended = Rc::new(RefCell::new(Vec::new()));
+    let tasks = (0..writes).map(|n| {
+        let (d, ended) = (disk.clone(), ended.clone());
+        spawn_local(async move {
+            write_byte(&d, n * BLOCK, 1 + n as u8).await;
+            ended.borrow_mut().push(n);
+        })
+    });
+    let tasks = tasks.collect();
+    (ended, tasks)
+}
+
+/// Rule 8: who sits in the queue is not in flight below; nobody waits for it, and none is let
+/// through early. What comes out of it in the end is whole, and on the new node.
+#[test]
+fn a_queue_outlives_a_change_below_it() {
+    sim(6, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        let tight = BackendOptions { throttle: Some("tight".into()), ..writer() };
+        let (_, disk) = g.attach("n", "export 'e'", tight).await.unwrap();
+        let (ended, tasks) = queue(&disk, 30);
+        sleep(Duration::from_millis(25)).await;
+        let early = ended.borrow().len();
+        assert!(early < 20, "{early} of 30 have passed already");
+        add_overlay(&g, "o").await.unwrap();
+        g.blockdev_snapshot("n", "o").await.unwrap();
+        assert!(ended.borrow().len() <= early + 1, "the change let some through");
+        for t in tasks {
+            t.await;
+        }
+        assert_eq!(ended.borrow().len(), 30);
+        let (_, old) = g.attach("n", "export 'old'", reader()).await.unwrap();
+        for n in 0..30 {
+            assert_eq!(read_byte(&disk, n * BLOCK).await, 1 + n as u8);
+        }
+        let late = *ended.borrow().last().unwrap();
+        assert_eq!(read_byte(&old, late * BLOCK).await, 0, "what came late is not below");
+    });
+}
+
+/// When the throttle itself goes, its queue goes on at once and loses nothing.
+#[test]
+fn a_queue_goes_on_when_its_throttle_goes() {
+    sim(7, async |g| {
+        add_overlay(&g, "n").await.unwrap();
+        let tight = BackendOptions { throttle: Some("tight".into()), ..writer() };
+        let (id, disk) = g.attach("n", "export 'e'", tight).await.unwrap();
+        let (ended, tasks) = queue(&disk, 30);
+        sleep(Duration::from_millis(25)).await;
+        let began = Instant::now();
+        g.set_throttle(id, None).await.unwrap();
+        for t in tasks {
+            t.await;
+        }
+        assert!(Instant::now() - began < Duration::from_millis(20), "nobody is held back any more");
+        assert_eq!(ended.borrow().len(), 30);
+        for n in 0..30 {
+            assert_eq!(read_byte(&disk, n * BLOCK).await, 1 + n as u8);
+        }
     });
 }

@@ -8,7 +8,7 @@ use gipfel_base::{ByteRange, Error, Result};
 use gipfel_io::Buf;
 use gipfel_node::{
     Binding, ChildSpec, Copies, CopySet, Driver, DriverDef, IoFuture, Kind, OpenArgs, Opened, Role,
-    Status, WriteFlags,
+    Status, WriteFlags, ZeroFlags,
 };
 
 use super::lab::pause;
@@ -66,9 +66,21 @@ impl Driver for Fan {
             let set = self.copies.enter().await;
             for (i, c) in set.iter().enumerate() {
                 pause(offset ^ i as u64).await;
+                // The lab follows what reaches the first.
+                let flags = WriteFlags { unchanged: flags.unchanged || i > 0, ..flags };
                 c.write(offset, buf.clone(), flags).await?;
             }
             LOG.with_borrow_mut(|l| l.push(labels(&set)));
+            Ok(())
+        })
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
+        Box::pin(async move {
+            for (i, c) in self.copies.enter().await.iter().enumerate() {
+                let flags = ZeroFlags { unchanged: flags.unchanged || i > 0, ..flags };
+                c.write_zeroes(range, flags).await?;
+            }
             Ok(())
         })
     }

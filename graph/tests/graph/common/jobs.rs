@@ -9,10 +9,13 @@ use gipfel_graph::{JobFilterSpec, MakeJobFilter};
 use gipfel_io::{Buf, RangeLock};
 use gipfel_node::{
     Binding, Child, ChildSpec, Driver, DriverDef, IoFuture, Kind, Perm, Perms, Role, Status,
-    WriteFlags,
+    WriteFlags, ZeroFlags,
 };
 
 use crate::common::BLOCK;
+
+/// What the lab follows are the writes of clients, and not the copies of them.
+const COPIED: WriteFlags = WriteFlags { fua: false, unchanged: true };
 
 /// What a filter and its job share.
 pub struct Copy {
@@ -31,7 +34,7 @@ impl Copy {
         }
         let buf = Buf::new(BLOCK as usize);
         self.children[0].read(block * BLOCK, buf.clone()).await?;
-        self.children[1].write(block * BLOCK, buf, WriteFlags::default()).await?;
+        self.children[1].write(block * BLOCK, buf, COPIED).await?;
         self.done.lock().unwrap().insert(block);
         Ok(())
     }
@@ -71,7 +74,22 @@ impl Driver for Filter {
                 return self.0.children[0].write(offset, buf, flags).await;
             }
             self.0.children[0].write(offset, buf.clone(), flags).await?;
-            self.0.children[1].write(offset, buf, flags).await
+            self.0.children[1].write(offset, buf, COPIED).await
+        })
+    }
+
+    fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
+        Box::pin(async move {
+            let _held = self.0.held.lock(range).await;
+            if self.0.before_write {
+                for block in range.start() / BLOCK..range.end() / BLOCK {
+                    self.0.copy(block).await?;
+                }
+                return self.0.children[0].write_zeroes(range, flags).await;
+            }
+            self.0.children[0].write_zeroes(range, flags).await?;
+            let flags = ZeroFlags { unchanged: true, ..flags };
+            self.0.children[1].write_zeroes(range, flags).await
         })
     }
 

@@ -16,7 +16,7 @@ use gipfel_io::time::sleep;
 use gipfel_io::{Buf, File, OpenOptions};
 use gipfel_node::{
     Access, Binding, Child, ChildSpec, CreateArgs, Driver, DriverDef, DriverInfo, IoFuture, Kind,
-    Mapping, OpenArgs, Opened, Perms, Role, Status, WriteFlags, ZeroFlags,
+    Mapping, OpenArgs, Opened, Perm, Perms, Role, Status, WriteFlags, ZeroFlags,
 };
 
 /// Bytes of one block: what the overlay format allocates, and what a tag is written to.
@@ -132,6 +132,8 @@ struct Memory {
     state: Arc<State>,
     filename: Option<String>,
     fail_flush: AtomicBool,
+    /// How long a write takes besides.
+    slow: Duration,
     /// What it says it has to flush; writing back takes long for that.
     unflushed: AtomicU64,
 }
@@ -173,6 +175,9 @@ impl Driver for Memory {
     fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
         Box::pin(async move {
             pause(offset ^ 77).await;
+            if !self.slow.is_zero() {
+                sleep(self.slow).await;
+            }
             let bytes = buf.to_vec();
             let tags = bytes.chunks_exact(BLOCK as usize).map(tag_of);
             self.arrive("a write", tags, flags);
@@ -244,6 +249,18 @@ impl Driver for Memory {
         })
     }
 
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(async move {
+            let mut s = self.state.inner.lock().unwrap();
+            if !s.perms.used.contains(Perm::RESIZE) {
+                let text = format!("'{}' is resized without a permission", self.name);
+                self.lab.wrong.lock().unwrap().push(text);
+            }
+            s.bytes.resize(size as usize, 0);
+            Ok(())
+        })
+    }
+
     fn info<'a>(&'a self) -> IoFuture<'a, DriverInfo> {
         let info = DriverInfo { filename: self.filename.clone(), ..DriverInfo::default() };
         Box::pin(async move { Ok(info) })
@@ -277,6 +294,7 @@ async fn open_memory(lab: Arc<Lab>, a: OpenArgs) -> Result<Opened> {
         lab,
         state,
         filename,
+        slow: Duration::from_millis(a.options["slow"].as_u64().unwrap_or(0)),
         fail_flush: AtomicBool::new(a.options["fail-flush"].as_bool().unwrap_or(false)),
         unflushed: AtomicU64::new(a.options["unflushed"].as_u64().unwrap_or(0)),
     });
@@ -302,7 +320,7 @@ static MEMORY: DriverDef = DriverDef {
 /// Blocks in its `file` child over a backing child; which blocks are its own it only remembers.
 struct Overlay {
     children: Vec<Arc<Child>>,
-    size: u64,
+    size: AtomicU64,
     own: Mutex<BTreeSet<u64>>,
 }
 
@@ -319,11 +337,19 @@ impl Overlay {
 
 impl Driver for Overlay {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Relaxed)
     }
 
     fn children(&self) -> &[Arc<Child>] {
         &self.children
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(async move {
+            resize_below(&self.children[0], size).await?;
+            self.size.store(size, Relaxed);
+            Ok(())
+        })
     }
 
     fn map(&self, access: Access, range: ByteRange) -> Mapping<'_> {
@@ -342,8 +368,10 @@ impl Driver for Overlay {
             // Entered once: which node is below does not change between the question and the read.
             let below = self.children[1].enter().await;
             match below.as_ref() {
-                Some(n) => Child::new("below", Some(n.clone())).read(offset, buf).await,
-                None => {
+                Some(n) if offset < n.size() => {
+                    Child::new("below", Some(n.clone())).read(offset, buf).await
+                }
+                _ => {
                     buf.fill(0);
                     Ok(())
                 }
@@ -383,7 +411,7 @@ impl Driver for Overlay {
 }
 
 async fn open_overlay(a: OpenArgs) -> Result<Opened> {
-    let size = a.children[0].size().await?;
+    let size = AtomicU64::new(a.children[0].size().await?);
     let driver = Box::new(Overlay { children: a.children, size, own: Mutex::default() });
     Ok(Opened { driver, implicit: Vec::new() })
 }
@@ -406,12 +434,20 @@ static OVERLAY: DriverDef = DriverDef {
     check: None,
 };
 
+async fn resize_below(child: &Child, size: u64) -> Result<()> {
+    child.node().await.expect("it stands on something").driver().resize(size).await
+}
+
 /// Passes everything on.
-struct Pass(Vec<Arc<Child>>, u64);
+struct Pass(Vec<Arc<Child>>);
 
 impl Driver for Pass {
     fn size(&self) -> u64 {
-        self.1
+        self.0[0].size_now()
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        Box::pin(resize_below(&self.0[0], size))
     }
 
     fn children(&self) -> &[Arc<Child>] {
@@ -448,8 +484,7 @@ impl Driver for Pass {
 }
 
 async fn open_pass(a: OpenArgs) -> Result<Opened> {
-    let size = a.children[0].size().await?;
-    Ok(Opened { driver: Box::new(Pass(a.children, size)), implicit: Vec::new() })
+    Ok(Opened { driver: Box::new(Pass(a.children)), implicit: Vec::new() })
 }
 
 static PASS: DriverDef = DriverDef {
@@ -468,7 +503,8 @@ static PASS: DriverDef = DriverDef {
 };
 
 /// The drivers of `lab`, with the real implicit filters. Throttle groups are made as they are
-/// named and hold nothing back; there is no group "none".
+/// named and hold nothing back, but for the group "tight", which lets 100 requests a second pass;
+/// there is no group "none".
 pub fn registry(lab: &Arc<Lab>) -> Registry {
     let implicit = ImplicitFilters {
         detect_zeroes: (&detect_zeroes::DETECT_ZEROES, detect_zeroes::make),
@@ -482,7 +518,15 @@ pub fn registry(lab: &Arc<Lab>) -> Registry {
             &throttle::THROTTLE,
             Box::new(move |child, group, owner| match group {
                 "none" => Err(Error::invalid("there is no group 'none'")),
-                _ => groups.make(child, group, owner),
+                _ => {
+                    let made = groups.make(child, group, owner)?;
+                    if group == "tight" {
+                        let mut limits = throttle::Limits::default();
+                        limits.set("iops-total", 100)?;
+                        groups.get(group)?.set_limits(limits)?;
+                    }
+                    Ok(made)
+                }
             }),
         )
 }

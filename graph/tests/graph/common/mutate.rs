@@ -1,6 +1,14 @@
 //! The mutators, each as the row of the design's table says: what the next graph is, and when it
 //! is refused. To add one: a struct with [`Mutator`], and a line in the matrix or the histories.
 
+mod children;
+mod jobs;
+mod media;
+
+pub use children::{ChangeChild, Resize};
+pub use jobs::{JobComplete, JobEnd, JobStart};
+pub use media::{Media, Tray};
+
 use std::future::Future;
 use std::pin::Pin;
 
@@ -8,10 +16,12 @@ use gipfel_base::Result;
 use gipfel_graph::{ReplaceEdges, SnapshotSync};
 use serde_json::{Value, json};
 
-use super::map;
-use super::notation::{Door, NodeSketch, Sketch, add_door, add_options, door_options};
-use super::oracle::{Refused, because, data_of, has_cycle, reaches};
-use super::stage::Stage;
+use crate::common::map;
+use crate::common::notation::{
+    Door, NodeSketch, Sketch, add_door, add_options, door_options, split,
+};
+use crate::common::oracle::{Refused, because, data_of, has_cycle, reaches};
+use crate::common::stage::Stage;
 
 /// The outcome of a mutator.
 pub type Done<'a> = Pin<Box<dyn Future<Output = Result<()>> + 'a>>;
@@ -35,6 +45,28 @@ pub trait Mutator: std::fmt::Debug {
     fn leaves(&self) -> Option<&str> {
         None
     }
+
+    /// The backend whose client sees another medium, or none.
+    fn swaps_medium(&self) -> Option<&str> {
+        None
+    }
+}
+
+/// Who an edge belongs to, as errors say it.
+fn user(label: &str) -> String {
+    let parent = split(label).0;
+    match parent.strip_prefix('~').or(parent.strip_suffix("/job")) {
+        Some(job) => format!("job '{job}'"),
+        None => parent.to_owned(),
+    }
+}
+
+/// The node that a device or node name means.
+fn disk(s: &Sketch, name: &str) -> Result<String, Refused> {
+    match s.doors.get(name) {
+        Some(d) => d.to.clone().ok_or_else(|| because([name, "has no medium"])),
+        None => node(s, name).map(|_| name.to_owned()),
+    }
 }
 
 fn node<'a>(s: &'a Sketch, name: &str) -> Result<&'a NodeSketch, Refused> {
@@ -53,10 +85,9 @@ fn is_free(s: &Sketch, name: &str) -> Result<(), Refused> {
 
 /// Whether the edge `label` means "the disk that is here".
 fn is_position(s: &Sketch, label: &str) -> bool {
-    match label.rsplit_once('.') {
-        Some((p, "root")) => !s.doors[p].follows_node,
-        Some((_, child)) => child != "backing",
-        None => false,
+    match split(label) {
+        (p, "root") => s.doors.get(p).is_some_and(|d| !d.follows_node),
+        (_, child) => child != "backing",
     }
 }
 
@@ -89,10 +120,11 @@ impl Snapshot {
             refuse(true, &[o, "has a backing node already", base]);
         }
         for u in &users {
-            let user = u.rsplit_once('.').unwrap().0;
-            refuse(!Sketch::is_anonymous(user), &[o, "is in use by", user]);
+            let user = user(u);
+            refuse(!Sketch::is_anonymous(&user), &[o, "is in use by", &user]);
         }
         refuse(n != o && reaches(s, o, n), &[o, "stands on node", n, "already"]);
+        refuse(s.size(o) < s.size(n), &[o, "is smaller", n]);
         let writes =
             |d: &&Door| d.follows_node && d.writes && d.client && d.to.as_deref() == Some(n);
         let follower = s.doors.values().any(|d| writes(&d));
@@ -103,13 +135,7 @@ impl Snapshot {
 
 impl Mutator for Snapshot {
     fn next(&self, s: &mut Sketch) -> Result<(), Refused> {
-        let n = match s.doors.get(&self.disk) {
-            Some(d) => d.to.clone().ok_or_else(|| because([&self.disk, "has no medium"]))?,
-            None => {
-                node(s, &self.disk)?;
-                self.disk.clone()
-            }
-        };
+        let n = disk(s, &self.disk)?;
         if self.sync.is_some() {
             is_free(s, &self.overlay)?;
             s.nodes.insert(self.overlay.clone(), NodeSketch::new(&self.overlay));
@@ -128,6 +154,11 @@ impl Mutator for Snapshot {
             }
         }
         s.point(&format!("{}.backing", self.overlay), Some(&n));
+        // A mirror goes up with the disk, a backup stays with the bytes.
+        let jobs = std::mem::take(&mut s.nodes.get_mut(&n).unwrap().jobs);
+        let (up, stay): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|j| j.mirror);
+        s.nodes.get_mut(&n).unwrap().jobs = stay;
+        s.nodes.get_mut(&self.overlay).unwrap().jobs.extend(up);
         Ok(())
     }
 
@@ -169,10 +200,7 @@ impl Mutator for Replace {
             },
             ReplaceEdges::AllOf(n) | ReplaceEdges::OnlyOf(n) => {
                 node(s, n)?;
-                let own = |l: &String| {
-                    let parent = l.rsplit_once('.').unwrap().0;
-                    s.nodes.contains_key(parent) && reaches(s, &self.with, parent)
-                };
+                let own = |l: &String| reaches(s, &self.with, split(l).0);
                 let users = s.users(n).into_iter();
                 users.filter(|l| is_position(s, l) && !own(l)).collect()
             }
@@ -312,6 +340,10 @@ impl Add {
         let mut n = NodeSketch::new(&self.name);
         (n.zeroes, n.read_only) = (self.zeroes, self.read_only);
         let way = if n.driver == "overlay" { "backing" } else { "file" };
+        if n.driver == "fan" {
+            n.children = vec![("children.0".to_owned(), self.on.clone())];
+            n.next = 1;
+        }
         match (n.edge(way), &self.on) {
             (Some(e), Some(on)) => *e = Some(on.clone()),
             (Some(e), None) if way == "file" => *e = Some(format!("{}.file", self.name)),
@@ -324,7 +356,7 @@ impl Add {
 impl Mutator for Add {
     fn next(&self, s: &mut Sketch) -> Result<(), Refused> {
         is_free(s, &self.name)?;
-        let n = self.sketch();
+        let mut n = self.sketch();
         for (_, t) in &n.children {
             match t {
                 Some(t) if Sketch::is_anonymous(t) => {
@@ -335,6 +367,9 @@ impl Mutator for Add {
                 Some(t) => drop(node(s, t)?),
                 None => {}
             }
+        }
+        if let ("fan", Some(on)) = (n.driver.as_str(), &self.on) {
+            n.size = s.size(on);
         }
         s.nodes.insert(self.name.clone(), n);
         Ok(())
@@ -355,7 +390,7 @@ impl Mutator for Del {
         node(s, &self.0)?;
         let users = s.users(&self.0);
         if !users.is_empty() {
-            let names = users.iter().map(|u| u.rsplit_once('.').unwrap().0.to_owned());
+            let names = users.iter().map(|u| user(u));
             let names = names.filter(|n| !Sketch::is_anonymous(n));
             return Err(because(names.chain(["is in use by".into()])));
         }
@@ -452,6 +487,8 @@ pub const NO_DOOR: Door = Door {
     follows_node: false,
     along: false,
     client: true,
+    tray: None,
+    resizes: false,
 };
 
 /// A client goes.

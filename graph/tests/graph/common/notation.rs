@@ -11,9 +11,10 @@
 //! have lines of their own, `NODE.CHILD > ...`. What was written out once is only named again.
 //!
 //! The first letter of a name says what it is: `b` backend, `f` and `g` explicit filters, `m`
-//! memory, any other an overlay. After a name: `:ro` read-only, `:node` follows the node, `:along`
-//! made along with its client, `:idle` without a client. The throttle is written as its
-//! group, `thr` or `lim`.
+//! memory, `q` a node whose children come and go, any other an overlay. After a name: `:ro`
+//! read-only, `:node` follows the node, `:along` made along with its client, `:idle` without a
+//! client, `:cd` with a medium that can be taken out. The throttle is written as its group, `thr`
+//! or `lim`; filters of jobs, which are only written and never read, as `[m0=mirror dz]`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,11 +23,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use gipfel_base::Result;
-use gipfel_graph::model::{Model, Owner, Parent};
+use gipfel_graph::model::{EdgeInfo, Model, Owner, Parent};
 use gipfel_graph::{Backend, BackendId, BackendOptions, Follow, Graph, NodeId, ZeroDetection};
-use gipfel_node::Perms;
+use gipfel_node::{Binding, Perms};
 use serde_json::{Value, json};
 
+use super::lab::SIZE;
 use super::map;
 
 /// A node.
@@ -40,6 +42,25 @@ pub struct NodeSketch {
     pub read_only: bool,
     /// Its edges to children, by name: to a node with whatever stands on that node's side.
     pub children: Vec<(String, Option<String>)>,
+    /// The jobs that have filters on its side, the oldest first.
+    pub jobs: Vec<JobSketch>,
+    /// Its size in bytes; 0 for filters, which show that of what they stand on.
+    pub size: u64,
+    /// The number of the next child, where they come and go.
+    pub next: usize,
+}
+
+/// A job with a filter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobSketch {
+    /// Its id.
+    pub id: String,
+    /// Whether it mirrors; else it is a backup.
+    pub mirror: bool,
+    /// The node it copies to.
+    pub target: String,
+    /// The edges that it rests on.
+    pub frozen: BTreeSet<String>,
 }
 
 /// A backend.
@@ -57,6 +78,10 @@ pub struct Door {
     pub along: bool,
     /// Whether it has a client.
     pub client: bool,
+    /// Whether its tray is open, if it has one.
+    pub tray: Option<bool>,
+    /// Whether its client changes sizes, and does nothing else.
+    pub resizes: bool,
 }
 
 /// A graph.
@@ -72,7 +97,16 @@ fn driver_of(name: &str) -> &'static str {
     match name.as_bytes()[0] {
         b'f' | b'g' => "pass",
         b'm' => "mem",
+        b'q' => "fan",
         _ => "overlay",
+    }
+}
+
+/// The parent and the child's name of an edge. Names of children may have dots.
+pub fn split(label: &str) -> (&str, &str) {
+    match label.split_once(".children.") {
+        Some((parent, _)) => (parent, &label[parent.len() + 1..]),
+        None => label.rsplit_once('.').expect("PARENT.CHILD"),
     }
 }
 
@@ -90,8 +124,16 @@ impl NodeSketch {
             }
             _ => Vec::new(),
         };
-        let driver = driver.to_owned();
-        NodeSketch { driver, zeroes: false, read_only: false, children }
+        let size = if driver == "pass" { 0 } else { SIZE };
+        NodeSketch {
+            driver: driver.to_owned(),
+            zeroes: false,
+            read_only: false,
+            children,
+            jobs: Vec::new(),
+            size,
+            next: 0,
+        }
     }
 
     /// A file without a name.
@@ -119,6 +161,10 @@ impl Sketch {
             for (i, part) in line.split(" > ").enumerate() {
                 from = s.parse_part(part.trim(), i == 0, from);
             }
+        }
+        // A tray with a medium in it is closed, to begin with.
+        for d in s.doors.values_mut() {
+            d.tray = d.tray.map(|_| d.to.is_none());
         }
         let anonymous: Vec<_> =
             s.nodes.values().flat_map(|n| n.children.iter()).filter_map(|c| c.1.clone()).collect();
@@ -151,6 +197,8 @@ impl Sketch {
                 follows_node: flags.contains(&"node"),
                 along: flags.contains(&"along"),
                 client: !flags.contains(&"idle"),
+                tray: flags.contains(&"cd").then_some(true),
+                resizes: false,
             };
             let door = Door {
                 filters: door.filters.into_iter().filter(|f| !f.is_empty()).collect(),
@@ -182,6 +230,7 @@ impl Sketch {
         }
         let next = match driver_of(&name) {
             "overlay" => "backing",
+            "fan" => "children.0",
             _ => "file",
         };
         Some((name, next.into()))
@@ -189,10 +238,15 @@ impl Sketch {
 
     /// Points the edge `label` at a node. A plain file goes where its name says.
     pub fn point(&mut self, label: &str, to: Option<&str>) {
-        let (parent, child) = label.rsplit_once('.').expect("PARENT.CHILD");
+        let (parent, child) = split(label);
         let to = to.map(str::to_owned);
         if let Some(d) = self.doors.get_mut(parent) {
             d.to = to;
+            return;
+        }
+        if let Some(id) = parent.strip_suffix("/job") {
+            let job = self.jobs_mut().find(|j| j.id == id).expect("the job is there");
+            job.target = to.expect("a job has a target");
             return;
         }
         let child = match &to {
@@ -200,16 +254,44 @@ impl Sketch {
             _ => child,
         };
         let node = self.nodes.entry(parent.to_owned()).or_insert_with(|| NodeSketch::new(parent));
+        if let (Some(n), None) = (child.strip_prefix("children."), node.child(child)) {
+            node.children.push((child.to_owned(), None));
+            node.next = 1 + n.parse::<usize>().expect("a number");
+        }
         *node.edge(child).unwrap_or_else(|| panic!("'{parent}' has no child '{child}'")) = to;
     }
 
-    /// All edges at the cut, `PARENT.CHILD`, with where they lead.
+    /// All jobs.
+    pub fn jobs(&self) -> impl Iterator<Item = &JobSketch> {
+        self.nodes.values().flat_map(|n| &n.jobs)
+    }
+
+    fn jobs_mut(&mut self) -> impl Iterator<Item = &mut JobSketch> {
+        self.nodes.values_mut().flat_map(|n| &mut n.jobs)
+    }
+
+    /// The size that a node shows, in bytes.
+    pub fn size(&self, node: &str) -> u64 {
+        match &self.nodes[node] {
+            n if n.driver == "pass" => n.child("file").map_or(0, |t| self.size(t)),
+            n => n.size,
+        }
+    }
+
+    /// All edges at the cut, `PARENT.CHILD`, with where they lead. Those of jobs are called
+    /// `~JOB.root` (where it reads) and `JOB/job.target`.
     pub fn links(&self) -> Vec<(String, Option<String>)> {
+        let jobs = self.nodes.iter().flat_map(|(n, s)| {
+            s.jobs.iter().flat_map(move |j| {
+                let (source, target) = (format!("~{}.root", j.id), format!("{}/job.target", j.id));
+                [(source, Some(n.clone())), (target, Some(j.target.clone()))]
+            })
+        });
         let doors = self.doors.iter().map(|(n, d)| (format!("{n}.root"), d.to.clone()));
         let nodes = self.nodes.iter().flat_map(|(n, s)| {
             s.children.iter().map(move |(c, t)| (format!("{n}.{c}"), t.clone()))
         });
-        doors.chain(nodes).collect()
+        doors.chain(nodes).chain(jobs).collect()
     }
 
     /// The edges at the cut that lead to `node`.
@@ -225,20 +307,25 @@ impl Sketch {
 
     /// Removes what has no name and nobody stands on.
     pub fn sweep(&mut self) {
-        let dead: Vec<_> = self
-            .nodes
-            .keys()
-            .filter(|n| Self::is_anonymous(n) && self.users(n).is_empty())
-            .cloned()
-            .collect();
-        for d in dead {
+        let dead = |s: &Self| {
+            let mut nodes = s.nodes.keys();
+            nodes.find(|n| Self::is_anonymous(n) && s.users(n).is_empty()).cloned()
+        };
+        while let Some(d) = dead(self) {
             self.nodes.remove(&d);
         }
     }
 
+    /// The filters on a node's side, the topmost first, and the node.
+    pub fn side(&self, node: &str) -> Vec<String> {
+        let n = &self.nodes[node];
+        let jobs = n.jobs.iter().rev().map(|j| format!("{}/job", j.id));
+        jobs.chain(n.zeroes.then(|| format!("{node}/dz"))).chain([node.to_owned()]).collect()
+    }
+
     /// Every edge with every filter: `b0.root`, `b0/thr.file`, `n/dz.file`, `n.backing`.
     pub fn edges(&self) -> BTreeMap<String, Option<String>> {
-        let top = |n: &String| if self.nodes[n].zeroes { format!("{n}/dz") } else { n.clone() };
+        let top = |n: &String| self.side(n).swap_remove(0);
         let mut all = BTreeMap::new();
         for (name, d) in &self.doors {
             let mut edge = format!("{name}.root");
@@ -249,8 +336,12 @@ impl Sketch {
             all.insert(edge, d.to.as_ref().map(top));
         }
         for (name, n) in &self.nodes {
-            if n.zeroes {
-                all.insert(format!("{name}/dz.file"), Some(name.clone()));
+            for pair in self.side(name).windows(2) {
+                all.insert(format!("{}.file", pair[0]), Some(pair[1].clone()));
+            }
+            for j in &n.jobs {
+                all.insert(format!("~{}.root", j.id), Some(format!("{}/job", j.id)));
+                all.insert(format!("{}/job.target", j.id), Some(top(&j.target)));
             }
             for (c, t) in &n.children {
                 all.insert(format!("{name}.{c}"), t.as_ref().map(top));
@@ -261,13 +352,22 @@ impl Sketch {
 
     fn write_node(&self, name: &str) -> String {
         let n = &self.nodes[name];
-        let side = if n.zeroes { "[dz] " } else { "" };
+        let job = |j: &JobSketch| {
+            format!("{}={}->{}", j.id, if j.mirror { "mirror" } else { "cbw" }, j.target)
+        };
+        let side = n.jobs.iter().rev().map(job).chain(n.zeroes.then(|| "dz".to_owned()));
+        let side: Vec<_> = side.collect();
+        let side = if side.is_empty() { String::new() } else { format!("[{}] ", side.join(" ")) };
         // A file without a name is opened as its parent is.
         let parent = self.nodes.get(name.trim_end_matches(".file"));
         let told = Self::is_anonymous(name) && parent.is_some_and(|p| p.read_only);
         let ro = if n.read_only && !told { ":ro" } else { "" };
+        let size = match n.size {
+            0 | SIZE => String::new(),
+            other => format!("({other})"),
+        };
         let name = if name.ends_with(".file") { "file" } else { name };
-        format!("{side}{name}{ro}")
+        format!("{side}{name}{ro}{size}")
     }
 
     /// The line that begins with `head` and goes on at `to`, and the lines of what it leaves out.
@@ -319,6 +419,8 @@ impl fmt::Display for Sketch {
                 (d.follows_node, ":node"),
                 (d.along, ":along"),
                 (!d.client, ":idle"),
+                (d.tray.is_some(), ":cd"),
+                (d.tray.is_some_and(|open| open == d.to.is_some()), ":moved"),
             ] {
                 head += if on { flag } else { "" };
             }
@@ -336,6 +438,9 @@ impl fmt::Display for Sketch {
     }
 }
 
+/// Children that a node of [`FAN`](super::fan::FAN) keeps at least.
+pub const LEAST: usize = 2;
+
 /// A backend's handle.
 pub type Handle = (BackendId, Arc<Backend>);
 
@@ -346,7 +451,11 @@ pub fn add_options(name: &str, n: &NodeSketch, file: &Value) -> Value {
         o = file.clone();
         o["node-name"] = json!(name);
     }
-    for (c, t) in &n.children {
+    if n.driver == "fan" {
+        o["children"] = n.children.iter().filter_map(|c| c.1.as_deref()).collect();
+        o["least"] = json!(LEAST);
+    }
+    for (c, t) in n.children.iter().filter(|_| n.driver != "fan") {
         o[c] = match t {
             Some(t) if Sketch::is_anonymous(t) => file.clone(),
             t => json!(t),
@@ -368,6 +477,7 @@ pub fn door_options(name: &str, d: &Door) -> BackendOptions {
         name: Some(name.to_owned()),
         writable: d.writes,
         follow: if d.follows_node { Follow::Node } else { Follow::Disk },
+        removable: d.tray.is_some(),
         throttle: ["thr", "lim"].into_iter().find(|g| has(g)).map(str::to_owned),
         copy_on_read: has("cor"),
         detect_zeroes: if has("dz") { ZeroDetection::On } else { ZeroDetection::Off },
@@ -435,6 +545,12 @@ pub struct View {
 struct Names<'a>(&'a Model);
 
 impl Names<'_> {
+    /// The job whose source a backend is.
+    fn job(&self, backend: BackendId) -> Option<&str> {
+        let client = self.0.backend(backend).client.as_deref()?;
+        client.strip_prefix("job '")?.strip_suffix('\'')
+    }
+
     fn filter(&self, node: NodeId, backend: Option<BackendId>) -> String {
         let driver = self.0.node(node).live.def().name;
         match (driver, backend) {
@@ -447,6 +563,9 @@ impl Names<'_> {
 
     fn node(&self, id: NodeId) -> String {
         let n = self.0.node(id);
+        if let Some(j) = &n.job {
+            return format!("{}/job", j.job);
+        }
         match n.implicit {
             Some(Owner::Backend(b)) => match self.0.get_backend(b) {
                 Some(owner) => format!("{}/{}", owner.name, self.filter(id, Some(b))),
@@ -459,8 +578,13 @@ impl Names<'_> {
             None if n.name.starts_with('#') => {
                 // Called after the way there, its own filters left out.
                 let top = n.side_top.unwrap_or(id);
-                match self.0.node(top).parents.iter().next() {
-                    Some(e) => self.edge(self.0.edge(*e)),
+                match self.0.node(top).parents.iter().next().map(|e| self.0.edge(*e)) {
+                    Some(EdgeInfo { parent: Parent::Node(p), .. })
+                        if let Some(Owner::Backend(b)) = self.0.node(*p).implicit =>
+                    {
+                        format!("{}.root", self.0.backend(b).name)
+                    }
+                    Some(e) => self.edge(e),
                     None => format!("?{}", n.name),
                 }
             }
@@ -468,12 +592,46 @@ impl Names<'_> {
         }
     }
 
-    fn edge(&self, e: &gipfel_graph::model::EdgeInfo) -> String {
+    fn edge(&self, e: &EdgeInfo) -> String {
         let parent = match e.parent {
             Parent::Node(n) => self.node(n),
-            Parent::Backend(b) => self.0.backend(b).name.clone(),
+            Parent::Backend(b) => match self.job(b) {
+                Some(j) => format!("~{j}"),
+                None => self.0.backend(b).name.clone(),
+            },
         };
         format!("{parent}.{}", e.name)
+    }
+
+    /// The node that an edge means which leads to `t`, maybe a filter on that node's side.
+    fn meant(&self, t: NodeId) -> String {
+        match self.0.node(t).implicit {
+            Some(Owner::Node(x)) => self.node(x),
+            _ => self.node(t),
+        }
+    }
+
+    /// The jobs on the side of a node, and the edges that rest for them.
+    fn jobs(&self, id: NodeId) -> Vec<JobSketch> {
+        let mut jobs = Vec::new();
+        let mut at = self.0.node(id).side_top;
+        while let Some(n) = at.filter(|n| *n != id).map(|n| self.0.node(n)) {
+            let edge = |i: usize| self.0.edge(n.children[i]).target;
+            if let Some(j) = &n.job {
+                let who = format!("job '{}'", j.job);
+                let rests = |e: &EdgeInfo| e.frozen.as_ref() == Some(&who);
+                let frozen = self.0.edges().filter(|(_, e)| rests(e)).map(|(_, e)| self.edge(e));
+                jobs.push(JobSketch {
+                    id: j.job.clone(),
+                    mirror: j.binding == Binding::Position,
+                    target: edge(1).map(|t| self.meant(t)).unwrap_or_default(),
+                    frozen: frozen.filter(|l| *l != format!("~{}.root", j.job)).collect(),
+                });
+            }
+            at = edge(0);
+        }
+        jobs.reverse();
+        jobs
     }
 }
 
@@ -497,7 +655,6 @@ pub fn view(m: &impl Deref<Target = Model>) -> View {
         };
         assert!(same, "the running edge '{label}' leads elsewhere than the model says");
         assert_eq!(e.live.granted(), e.perms.used, "edge '{label}': granted and settled differ");
-        assert!(e.frozen.is_none(), "edge '{label}' is frozen");
         edges.insert(label.clone(), e.perms);
         drains.insert(label.clone(), e.live.drains());
         links.insert(label, e.target.map(|t| names.node(t)));
@@ -511,21 +668,27 @@ pub fn view(m: &impl Deref<Target = Model>) -> View {
         if n.implicit.is_some() {
             continue;
         }
-        let under = |t: NodeId| match m.node(t).implicit {
-            Some(Owner::Node(x)) => names.node(x),
-            _ => names.node(t),
-        };
-        let children = n.children.iter().map(|e| m.edge(*e));
-        let children = children.map(|e| (e.name.to_string(), e.target.map(under))).collect();
+        let edges = n.children.iter().map(|e| m.edge(*e));
+        if let Some(copies) = n.live.driver().copies() {
+            let set = copies.try_enter().expect("no set stays drained").clone();
+            let same = set.iter().map(|c| c.label()).eq(edges.clone().map(|e| &*e.label));
+            assert!(same, "the running children of '{}' differ from the model's", n.name);
+        }
+        let driver = n.live.def().name.to_owned();
         let node = NodeSketch {
-            driver: n.live.def().name.to_owned(),
             zeroes: n.detect_zeroes != ZeroDetection::Off,
             read_only: n.read_only,
-            children,
+            children: edges
+                .map(|e| (e.name.to_string(), e.target.map(|t| names.meant(t))))
+                .collect(),
+            jobs: names.jobs(id),
+            size: if driver == "pass" { 0 } else { n.live.size() },
+            next: n.live.driver().copies().map_or(0, |c| c.next_number()),
+            driver,
         };
         sketch.nodes.insert(names.node(id), node);
     }
-    for (id, b) in m.backends() {
+    for (id, b) in m.backends().filter(|(id, _)| names.job(*id).is_none()) {
         let mut at = m.edge(b.root).target;
         let mut filters = Vec::new();
         while let Some(n) = at
@@ -536,20 +699,24 @@ pub fn view(m: &impl Deref<Target = Model>) -> View {
             at = m.edge(m.node(n).children[0]).target;
         }
         assert_eq!(b.stack.len(), filters.len(), "the stack of '{}'", b.name);
-        let under = |t: NodeId| match m.node(t).implicit {
-            Some(Owner::Node(x)) => names.node(x),
-            _ => names.node(t),
-        };
         let door = Door {
             filters,
-            to: at.map(under),
+            to: at.map(|t| names.meant(t)),
             writes: b.options.writable,
             follows_node: b.follow == Follow::Node,
             along: b.made_along,
             client: b.client.is_some(),
+            tray: b.tray.map(|t| t.open),
+            resizes: false,
         };
         sketch.doors.insert(b.name.clone(), door);
     }
     assert_eq!(links, sketch.edges(), "filters are not where they belong:\n{sketch}");
+    // A job's filter has the size that its disk had when the job began.
+    for (_, b) in m.backends().filter(|_| sketch.jobs().next().is_none()) {
+        let d = &sketch.doors[&b.name];
+        let shown = d.to.as_ref().filter(|_| d.tray != Some(true)).map_or(0, |t| sketch.size(t));
+        assert_eq!(b.live.size(), shown, "the size that backend '{}' shows of\n{sketch}", b.name);
+    }
     View { sketch, edges, drains, above }
 }

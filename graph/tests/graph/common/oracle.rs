@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use gipfel_node::{Perm, Perms};
 
-use super::notation::Sketch;
+use super::notation::{Sketch, split};
 
 /// Why something is refused: each is a list of words that the error must contain; one of the
 /// lists must fit.
@@ -20,11 +20,6 @@ struct Flat<'a> {
     sketch: &'a Sketch,
     edges: BTreeMap<String, Option<String>>,
     known: BTreeMap<String, Perms>,
-}
-
-/// The parent and the child's name of an edge.
-fn split(label: &str) -> (&str, &str) {
-    label.rsplit_once('.').expect("PARENT.CHILD")
 }
 
 const READ: Perm = Perm::CONSISTENT_READ;
@@ -58,10 +53,13 @@ impl Flat<'_> {
         let (parent, child) = split(edge);
         let p = match self.sketch.doors.get(parent) {
             Some(d) if !d.client => Perms::IDLE,
+            Some(d) if d.resizes => Perms { used: READ | Perm::RESIZE, shared: Perm::ALL },
             Some(d) => {
                 let used = if d.writes { READ | Perm::WRITE } else { READ };
                 Perms { used, shared: Perm::ALL }
             }
+            // What a job reads through.
+            None if parent.starts_with('~') => Perms { used: READ, shared: Perm::ALL },
             None => self.passed_on(parent, child),
         };
         self.known.insert(edge.to_owned(), p);
@@ -83,7 +81,17 @@ impl Flat<'_> {
                     shared: above.shared & !Perm::WRITE,
                 }
             }
+            (None, "target") => Perms { used: Perm::WRITE, shared: quiet },
+            (None, _) if parent.ends_with("/job") => {
+                Perms { used: above.used | READ, shared: above.shared & !Perm::WRITE }
+            }
             (None | Some("pass"), _) => above,
+            // The same is written to all copies, and by nobody else.
+            (Some("fan"), _) => {
+                let writes = Perm::WRITE | Perm::WRITE_UNCHANGED;
+                let passed = if self.writable(parent) { READ | writes } else { READ };
+                Perms { used: above.used & passed, shared: quiet }
+            }
             // Who does not read the overlay does not care what becomes of the bytes below.
             (_, "backing") if !above.used.contains(READ) => Perms::IDLE,
             (_, "backing") => Perms { used: READ, shared: quiet },
@@ -103,7 +111,8 @@ impl Flat<'_> {
             let edges: Vec<_> =
                 self.edges_to(&n).into_iter().map(|e| (self.perms(&e), e)).collect();
             let ro = self.sketch.nodes.get(&n).is_some_and(|n| n.read_only);
-            if ro && edges.iter().any(|(p, _)| p.used.contains(Perm::WRITE)) {
+            let changes = Perm::WRITE | Perm::RESIZE;
+            if ro && edges.iter().any(|(p, _)| !(p.used & changes).is_empty()) {
                 found.push(vec![n.clone(), "is read-only".into()]);
             }
             for (u, using) in &edges {
@@ -112,7 +121,7 @@ impl Flat<'_> {
                         // Edges of filters have numbers in their names.
                         let mut says = vec![format!("permission '{name}'")];
                         let plain = [using, forbidding].into_iter().chain([&n]);
-                        says.extend(plain.filter(|x| !x.contains(['/'])).cloned());
+                        says.extend(plain.filter(|x| !x.contains(['/', '~'])).cloned());
                         says.retain(|s| !s.contains(".file."));
                         found.push(says);
                     }
@@ -154,13 +163,29 @@ pub fn may_change(sketch: &Sketch, node: &str) -> bool {
     false
 }
 
-/// Whether `to` is `from` or below it.
+/// Where the edges of each node and filter lead.
+fn below(sketch: &Sketch) -> BTreeMap<String, Vec<String>> {
+    let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (label, to) in sketch.edges() {
+        all.entry(split(&label).0.to_owned()).or_default().extend(to);
+    }
+    all
+}
+
+/// Whether `to` is `from` or below it, filters and what they lead to included.
 pub fn reaches(sketch: &Sketch, from: &str, to: &str) -> bool {
-    from == to
-        || sketch.nodes[from]
-            .children
-            .iter()
-            .any(|c| c.1.as_deref().is_some_and(|t| reaches(sketch, t, to)))
+    let below = below(sketch);
+    let mut seen = BTreeSet::new();
+    let mut open = vec![from];
+    while let Some(n) = open.pop() {
+        if n == to {
+            return true;
+        }
+        if seen.insert(n) {
+            open.extend(below.get(n).into_iter().flatten().map(String::as_str));
+        }
+    }
+    false
 }
 
 /// The node whose data `node` shows, explicit filters looked through.
@@ -179,24 +204,64 @@ pub fn finds_zeroes(sketch: &Sketch, door: &str) -> bool {
         if n.zeroes {
             return true;
         }
-        at = n.child("file");
+        // What reaches the first copy of several is looked at.
+        at = n.child("file").or(n.children.first().and_then(|c| c.1.as_ref()));
     }
     d.filters.iter().any(|f| f == "dz")
 }
 
 /// Whether something stands on itself.
 pub fn has_cycle(sketch: &Sketch) -> bool {
-    fn below(s: &Sketch, n: &str, path: &mut Vec<String>) -> bool {
-        if path.iter().any(|p| p == n) {
+    fn circles<'a>(
+        all: &'a BTreeMap<String, Vec<String>>,
+        n: &'a str,
+        path: &mut Vec<&'a str>,
+        done: &mut BTreeSet<&'a str>,
+    ) -> bool {
+        if path.contains(&n) {
             return true;
         }
-        path.push(n.to_owned());
-        let found =
-            s.nodes[n].children.iter().filter_map(|c| c.1.as_ref()).any(|t| below(s, t, path));
+        if !done.insert(n) {
+            return false;
+        }
+        path.push(n);
+        let found = all.get(n).into_iter().flatten().any(|t| circles(all, t, path, done));
         path.pop();
         found
     }
-    sketch.nodes.keys().any(|n| below(sketch, n, &mut Vec::new()))
+    let all = below(sketch);
+    let mut done = BTreeSet::new();
+    all.keys().any(|n| circles(&all, n, &mut Vec::new(), &mut done))
+}
+
+/// The nodes that show what `disk` shows, from there downwards: through filters and copies.
+pub fn showing_below(sketch: &Sketch, disk: &str) -> BTreeSet<String> {
+    let mut open = vec![disk.to_owned()];
+    let mut found = BTreeSet::new();
+    while let Some(n) = open.pop() {
+        if found.insert(n.clone()) && ["pass", "fan"].contains(&&*sketch.nodes[&n].driver) {
+            open.extend(sketch.nodes[&n].children.iter().filter_map(|c| c.1.clone()));
+        }
+    }
+    found
+}
+
+/// The edges by which others write to what `node` shows, filters looked through.
+pub fn writers(sketch: &Sketch, node: &str) -> Vec<String> {
+    let (edges, perms) = (sketch.edges(), permissions(sketch).expect("this graph is there"));
+    let mut way = Vec::new();
+    let mut at = Some(node);
+    while let Some(n) = at {
+        way.extend(sketch.side(n));
+        at = match &sketch.nodes[n] {
+            n if n.driver == "pass" => n.child("file").map(String::as_str),
+            _ => None,
+        };
+    }
+    let ends = |to: &Option<String>| to.as_ref().is_some_and(|t| way.contains(t));
+    let outer =
+        edges.into_iter().filter(|(l, to)| ends(to) && !way.iter().any(|w| w == split(l).0));
+    outer.map(|(l, _)| l).filter(|l| perms[l].writes()).collect()
 }
 
 /// The edges that a change from one graph to the other re-points, new ones left out: what has to

@@ -7,17 +7,18 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gipfel_base::Error;
-use gipfel_graph::{Backend, BackendId, Graph};
+use gipfel_base::{Error, ErrorKind};
+use gipfel_graph::{Backend, BackendId, Graph, JobFilter};
 use gipfel_io::sim::Rng;
 use gipfel_io::time::sleep;
 use gipfel_io::{Buf, Task, spawn_local};
 use serde_json::Value;
 
+use super::jobs::Shared;
 use super::lab::{BLOCK, Call, Lab, SIZE, registry, tag_of};
 use super::mutate::Mutator;
 use super::notation::{Handle, Sketch, View, view};
-use super::oracle::{Refused, finds_zeroes, may_change, moved, permissions};
+use super::oracle::{Refused, because, finds_zeroes, may_change, moved, permissions, reaches};
 
 /// Blocks that each writing client has for itself.
 const OWN: u64 = 4;
@@ -38,8 +39,12 @@ struct Client {
     /// What it saw since nobody may change what it sees.
     still: RefCell<BTreeMap<u64, u64>>,
     constant: Cell<bool>,
-    /// Grows when `constant` changes: an answer that spans a change of it proves nothing.
+    /// Whether what it sees may go back: a job copies there.
+    copied_to: Cell<bool>,
+    /// Grows when one of these two changes: an answer that spans a change of it proves nothing.
     period: Cell<u64>,
+    /// Grows when the medium changes; odd while it does.
+    medium: Cell<u64>,
     stop: Cell<bool>,
     done: Cell<u64>,
     in_flight: Cell<u32>,
@@ -54,27 +59,54 @@ impl Client {
         out
     }
 
-    /// The tag of a block; the whole block must be of that tag.
-    async fn read(&self, block: u64) -> u64 {
+    /// The tag of a block, unless there is no medium; the whole block must be of that tag.
+    async fn read(&self, block: u64) -> Option<u64> {
         let buf = Buf::new(BLOCK as usize);
         let r = self.request(self.live.read(block * BLOCK, buf.clone())).await;
-        r.unwrap_or_else(|e| panic!("'{}': a read failed: {e}", self.name));
+        if !self.done(r, "read") {
+            return None;
+        }
         let bytes = buf.to_vec();
         let tag = tag_of(&bytes);
         let whole = bytes.chunks_exact(8).all(|c| tag_of(c) == tag);
         assert!(whole, "'{}': block {block} is of several writes", self.name);
-        tag
+        Some(tag)
+    }
+
+    /// Whether a request was done: all are, or else there is no medium.
+    fn done(&self, r: Result<(), Error>, what: &str) -> bool {
+        match r {
+            Ok(()) => true,
+            Err(e) if e.kind() == ErrorKind::NoMedium => false,
+            Err(e) => panic!("'{}': a {what} failed: {e}", self.name),
+        }
+    }
+
+    /// Knows nothing any more of what its medium holds.
+    fn forget(&self) {
+        self.medium.set(self.medium.get() + 1);
+        self.period.set(self.period.get() + 1);
+        self.own.borrow_mut().clear();
+        self.seen.borrow_mut().clear();
+        self.still.borrow_mut().clear();
+    }
+
+    /// Whether the medium is and stays the one of that number.
+    fn is_medium(&self, number: u64) -> bool {
+        number == self.medium.get() && number.is_multiple_of(2)
     }
 
     async fn write(&self, block: u64, zero: bool) {
         self.sequence.set(self.sequence.get() + 1);
         let tag = if zero { 0 } else { self.number << 32 | self.sequence.get() };
         let bytes: Vec<u8> = tag.to_le_bytes().repeat(BLOCK as usize / 8);
-        self.own.borrow_mut().insert(block, None);
+        let (old, medium) = (self.own.borrow_mut().insert(block, None), self.medium.get());
         let buf = Buf::from_slice(&bytes);
         let r = self.request(self.live.write(block * BLOCK, buf, false)).await;
-        r.unwrap_or_else(|e| panic!("'{}': a write failed: {e}", self.name));
-        self.own.borrow_mut().insert(block, Some(tag));
+        let holds = if self.done(r, "write") { Some(tag) } else { old.flatten() };
+        if self.is_medium(medium) {
+            self.own.borrow_mut().insert(block, holds);
+        }
     }
 
     async fn flush(&self) {
@@ -85,13 +117,15 @@ impl Client {
                 let left = self.lab.volatile(&covered);
                 assert!(left.is_empty(), "'{}': {left:x?} were not flushed", self.name);
             }
+            Err(e) if e.kind() == ErrorKind::NoMedium => {}
             Err(e) => assert!(e.to_string().contains("injected"), "'{}': {e}", self.name),
         }
     }
 
     async fn check_own(&self, block: u64) {
         let Some(Some(want)) = self.own.borrow().get(&block).copied() else { return };
-        let tag = self.read(block).await;
+        let medium = self.medium.get();
+        let Some(tag) = self.read(block).await.filter(|_| self.is_medium(medium)) else { return };
         assert_eq!(tag, want, "'{}': block {block} holds {tag:#x}, not {want:#x}", self.name);
     }
 
@@ -114,26 +148,26 @@ impl Client {
             let block = rng.below(BLOCKS);
             let period = self.period.get();
             let tag = self.read(block).await;
-            if period != self.period.get() {
-                continue;
-            }
+            sleep(Duration::from_nanos(1 + rng.below(3000))).await;
+            let Some(tag) = tag.filter(|_| period == self.period.get()) else { continue };
             let name = &self.name;
             let old = self.seen.borrow_mut().insert(block, tag).unwrap_or(0);
-            if tag != 0 && old != 0 {
+            if tag != 0 && old != 0 && !self.copied_to.get() {
                 assert!(tag >= old, "'{name}': block {block} went back to {tag:#x} from {old:#x}");
             }
             if self.constant.get() {
                 let first = *self.still.borrow_mut().entry(block).or_insert(tag);
                 assert_eq!(tag, first, "'{name}': block {block} changed, and nobody may write it");
             }
-            sleep(Duration::from_nanos(1 + rng.below(3000))).await;
         }
     }
 
-    fn set_constant(&self, on: bool) {
-        if self.constant.replace(on) != on {
+    fn expect(&self, constant: bool, copied_to: bool) {
+        let was = (self.constant.replace(constant), self.copied_to.replace(copied_to));
+        if was != (constant, copied_to) {
             self.period.set(self.period.get() + 1);
             self.still.borrow_mut().clear();
+            self.seen.borrow_mut().clear();
         }
     }
 }
@@ -152,7 +186,12 @@ pub struct Stage {
     seed: u64,
     clients: RefCell<BTreeMap<String, Working>>,
     numbers: Cell<u64>,
+    /// The jobs, by id.
+    pub jobs: RefCell<BTreeMap<String, Job>>,
 }
+
+/// A job under way: its filter, what does the copying, and the node to be replaced.
+pub type Job = (JobFilter, Shared, Option<String>);
 
 /// How a change ended, where it ended as the oracle said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,8 +209,8 @@ impl Stage {
     pub async fn build(text: &str, seed: u64, file: Value) -> Stage {
         let lab = Arc::new(Lab::default());
         let graph = Graph::new(registry(&lab));
-        let stage =
-            Stage { graph, lab, file, seed, clients: RefCell::default(), numbers: Cell::new(0) };
+        let (clients, jobs) = (RefCell::default(), RefCell::default());
+        let stage = Stage { graph, lab, file, seed, clients, numbers: Cell::new(0), jobs };
         for (name, h) in Sketch::parse(text).build(&stage.graph, &stage.file).await {
             stage.arrived(&name, h);
         }
@@ -193,6 +232,12 @@ impl Stage {
         self.clients.borrow()[name].0
     }
 
+    /// Takes a job out of the list of those under way.
+    pub fn job(&self, id: &str) -> Result<Job, Error> {
+        let job = self.jobs.borrow_mut().remove(id);
+        job.ok_or_else(|| Error::invalid("there is no such job"))
+    }
+
     /// The names of those who have clients at work.
     pub fn clients(&self) -> Vec<String> {
         self.clients.borrow().keys().cloned().collect()
@@ -211,7 +256,9 @@ impl Stage {
             seen: RefCell::default(),
             still: RefCell::default(),
             constant: Cell::new(false),
+            copied_to: Cell::new(false),
             period: Cell::new(0),
+            medium: Cell::new(0),
             stop: Cell::new(false),
             done: Cell::new(0),
             in_flight: Cell::new(0),
@@ -254,8 +301,23 @@ impl Stage {
         let mut next = before.clone();
         m.next(&mut next)?;
         next.sweep();
+        Self::check_frozen(before, &next)?;
         let perms = permissions(&next)?;
         Ok((next, perms))
+    }
+
+    /// Edges that a job rests on lead where they led, as long as it runs.
+    fn check_frozen(before: &Sketch, next: &Sketch) -> Result<(), Refused> {
+        let jobs = before.jobs().filter(|j| next.jobs().any(|n| n.id == j.id));
+        let frozen: Vec<_> = jobs.flat_map(|j| j.frozen.iter().map(|l| (l, &j.id))).collect();
+        if frozen.is_empty() {
+            return Ok(());
+        }
+        let [old, new] = [before, next].map(|s| s.links().into_iter().collect::<BTreeMap<_, _>>());
+        match frozen.iter().find(|(l, _)| old.get(*l) != new.get(*l)) {
+            Some((l, job)) => Err(because([l.as_str(), "is in use by job", job])),
+            None => Ok(()),
+        }
     }
 
     /// Who cannot see a change of bytes in any of these graphs.
@@ -268,7 +330,11 @@ impl Stage {
             let place = |s: &&Sketch| s.doors.get(name).and_then(|d| d.to.clone());
             let first = place(&sketches[0]);
             let on = sketches.iter().all(|s| still(s) && place(s) == first);
-            c.set_constant(on);
+            let copied_to = |s: &&Sketch| {
+                let to = s.doors.get(name).and_then(|d| d.to.as_ref());
+                to.is_some_and(|t| s.jobs().any(|j| reaches(s, t, &j.target)))
+            };
+            c.expect(on, sketches.iter().any(copied_to));
         }
     }
 
@@ -282,10 +348,14 @@ impl Stage {
         if let Some(c) = &leaving {
             c.stop.set(true);
         }
+        let swapping = m.swaps_medium();
+        let swapping = swapping.and_then(|n| Some(self.clients.borrow().get(n)?.1.clone()));
+        swapping.iter().for_each(|c| c.forget());
         self.lab.arm(fault);
         let result = m.run(self).await;
         let fired = fault.is_some() && !self.lab.is_armed();
         self.lab.arm(None);
+        swapping.iter().for_each(|c| c.forget());
         if let (Some(c), Ok(())) = (&leaving, &result) {
             assert_eq!(c.in_flight.get(), 0, "{m:?}: requests of '{}' are in flight", c.name);
         }
@@ -325,7 +395,8 @@ impl Stage {
     async fn find_zeroes(&self, s: &Sketch) {
         for name in self.clients() {
             let c = self.clients.borrow()[&name].1.clone();
-            if c.stop.get() || !c.live.is_writable() || c.number > BLOCKS / OWN {
+            let idle = c.stop.get() || c.live.size() == 0;
+            if idle || !c.live.is_writable() || c.number > BLOCKS / OWN {
                 continue;
             }
             let block = c.number * OWN - 1;
@@ -343,6 +414,7 @@ impl Stage {
 
     fn unchanged(m: &dyn Mutator, before: &View, after: &View) {
         assert_eq!(after.sketch.to_string(), before.sketch.to_string(), "{m:?} left changes");
+        assert_eq!(after.sketch, before.sketch, "{m:?} left changes");
         assert_eq!(after.edges, before.edges, "{m:?} left permissions");
         assert_eq!(after.drains, before.drains, "{m:?} was refused after it drained");
     }
@@ -402,6 +474,10 @@ impl Stage {
         for name in self.clients() {
             stopped.push(self.stop(&name).await);
         }
+        let jobs = std::mem::take(&mut *self.jobs.borrow_mut());
+        for (filter, ..) in jobs.into_values() {
+            self.graph.remove_job_filter(&filter).await.unwrap();
+        }
         let s = self.sketch().await;
         for c in &stopped {
             let own: Vec<u64> = c.own.borrow().keys().copied().collect();
@@ -412,7 +488,10 @@ impl Stage {
             let own = c.own.borrow().clone();
             for other in stopped.iter().filter(|o| s.doors[&o.name].to == to) {
                 for (block, want) in own.clone() {
-                    assert_eq!(Some(other.read(block).await), want, "'{}'", other.name);
+                    // Trays may be open.
+                    if let Some(tag) = other.read(block).await.filter(|_| c.live.size() > 0) {
+                        assert_eq!(Some(tag), want, "'{}'", other.name);
+                    }
                 }
             }
         }
