@@ -102,7 +102,20 @@ fn state(image: &str, dir: &Path) -> String {
         0 => std::fs::read(dir.join("../contents")).unwrap(),
         _ => stderr(&made).into_bytes(),
     };
-    format!("{image}: {info:?}, check {sound}, contents {:x}", fingerprint(&contents))
+    let stored = match info["format"] == "qcow2" {
+        true => stored(image, dir),
+        false => 0,
+    };
+    let contents = fingerprint(&contents);
+    format!("{image}: {info:?}, check {sound}, stores {stored} bytes, contents {contents:x}")
+}
+
+/// How many bytes of data an image holds itself.
+fn stored(image: &str, dir: &Path) -> u64 {
+    let map = reference(&["map", "-U", "--output=json", image], dir);
+    let map: Vec<Value> = serde_json::from_str(&stdout(&map)).unwrap_or_default();
+    let own = map.iter().filter(|e| e["depth"] == 0 && e["data"] == true);
+    own.filter_map(|e| e["length"].as_u64()).sum()
 }
 
 fn fingerprint(bytes: &[u8]) -> u64 {
@@ -293,13 +306,13 @@ fn random_case(rng: &mut Rng) -> String {
 fn random_chains() {
     if have() {
         let mut rng = Rng::from_env();
-        let cases: Vec<_> = (0..40).map(|_| random_case(&mut rng)).collect();
+        let cases: Vec<_> = (0..24).map(|_| random_case(&mut rng)).collect();
         alike("random", cases.iter().map(String::as_str));
     }
 }
 
 #[test]
-fn a_chain_compares_as_it_was_made() {
+fn random_pairs() {
     if !have() {
         return;
     }
@@ -310,5 +323,5 @@ fn a_chain_compares_as_it_was_made() {
         cases.push(format!("compare r0 r1 ## {before}"));
         cases.push(format!("compare r1 a.raw ## {before}"));
     }
-    alike("random-compare", cases.iter().map(String::as_str));
+    alike("random-pairs", cases.iter().map(String::as_str));
 }
