@@ -1,4 +1,5 @@
-//! The copying of `img convert` and `img commit`: several workers on the I/O threads, each with a piece of the disk.
+//! The copying of `img convert` and `img commit`: several workers on the I/O threads, each with a
+//! piece of the disk.
 //!
 //! One cursor hands the pieces out in order. Reads go on side by side; writes begin in the order
 //! of the disk, so that a format lays its clusters out that way, unless that is waived.
