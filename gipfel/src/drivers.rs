@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use gipfel_base::Result;
+use gipfel_base::{Error, Result};
 use gipfel_filters::{
     BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
     SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
@@ -10,7 +10,6 @@ use gipfel_filters::{
 use gipfel_formats::{LUKS, luks, qcow2, raw};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::{DriverDef, ImageSize, Reports};
-
 use serde_json::Value;
 
 use crate::daemon::objects::Objects;
@@ -32,6 +31,14 @@ const DRIVERS: [&DriverDef; 14] = [
     &SNAPSHOT_ACCESS,
     &THROTTLE,
 ];
+
+/// Fails unless there is a driver of that name.
+pub fn check_name(name: &str) -> Result<()> {
+    match DRIVERS.iter().any(|d| d.name == name) {
+        true => Ok(()),
+        false => Err(Error::invalid(format!("there is no driver '{name}'"))),
+    }
+}
 
 /// Tells how large an image becomes that is made with these options (BlockdevCreateOptions of its
 /// format without `driver`).

@@ -169,6 +169,8 @@ impl Formatter for Indented {
         self.0.begin_array(w)
     }
     fn end_array<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        // As if there had been one: an empty list takes two lines in the reference, too.
+        self.0.end_array_value(w)?;
         self.0.end_array(w)
     }
     fn begin_array_value<W: ?Sized + Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
@@ -181,6 +183,7 @@ impl Formatter for Indented {
         self.0.begin_object(w)
     }
     fn end_object<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
+        self.0.end_object_value(w)?;
         self.0.end_object(w)
     }
     fn begin_object_key<W: ?Sized + Write>(&mut self, w: &mut W, first: bool) -> io::Result<()> {
@@ -271,6 +274,9 @@ mod tests {
             to_pretty(&json!({"\u{e9}": [1]})),
             "{\r\n    \"\\u00E9\": [\r\n        1\r\n    ]\r\n}"
         );
+        assert_eq!(to_pretty(&json!([{}, []])).lines().collect::<Vec<_>>().join("|"), {
+            "[|    {|    },|    [|    ]|]"
+        });
         assert_eq!(parse(&to_pretty(&v)).unwrap(), v);
     }
 }

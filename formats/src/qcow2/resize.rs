@@ -48,7 +48,9 @@ impl Qcow2 {
         self.clear_tail(old).await?;
         let covered = self.backing_size().await.min(size);
         if covered > old {
-            let range = ByteRange::between(old, covered);
+            // All of the last cluster is new.
+            let end = covered.next_multiple_of(self.g.cluster_size());
+            let range = ByteRange::between(old, end);
             if self.version >= 3 {
                 self.zero_range(range, ZeroFlags::default()).await?;
             } else {

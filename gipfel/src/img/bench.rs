@@ -167,8 +167,8 @@ impl Plan {
     async fn work(self, image: &Image, next: &Next, until: u64, data: Buf) -> Result<()> {
         let buf = if self.writes { data } else { Buf::new(self.size as usize) };
         while let Some(at) = next.take(&self, image.node.size(), until) {
-            let flushes =
-                self.interval > 0 && !self.drain && next.left.get().is_multiple_of(self.interval);
+            let is_turn = next.left.get().is_multiple_of(self.interval);
+            let flushes = self.interval > 0 && !self.drain && is_turn;
             if self.writes {
                 image.backend.write(at, buf.clone(), false).await?;
             } else {

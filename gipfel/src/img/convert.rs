@@ -135,6 +135,7 @@ pub fn run(m: &ArgMatches) -> Result<ExitCode> {
     let format = text(m, "target-format").unwrap_or("raw");
     let given = match options::read(format, texts(m, "target-options"))? {
         Asked::Help => {
+            crate::drivers::check_name(format)?;
             super::print(&options::help(format))?;
             return Ok(ExitCode::SUCCESS);
         }

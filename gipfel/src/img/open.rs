@@ -265,6 +265,7 @@ pub async fn open(graph: &Rc<Graph>, n: Named<'_>, name: &str) -> Result<Image> 
 async fn open_found(graph: &Rc<Graph>, n: Named<'_>, found: Found, name: &str) -> Result<Image> {
     let guessed_raw = n.writable && found.warn_of_guess(graph, n.name);
     let mut options = found.options;
+    guard_guess(&mut options, guessed_raw);
     let name = match options.get("node-name").and_then(Value::as_str) {
         Some(given) => given.to_owned(),
         None => {

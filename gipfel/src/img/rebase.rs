@@ -213,9 +213,8 @@ impl Three {
             if differ {
                 // Zeros too as data: the format knows nothing of the new chain, and would leave out
                 // those that the old one shows by itself.
-                let at = range.start() + at as u64;
-                let part = old.slice((at - range.start()) as usize..end);
-                self.top.backend.write(at, part, false).await?;
+                let part = old.slice(at..end);
+                self.top.backend.write(range.start() + at as u64, part, false).await?;
             }
             at = end;
         }

@@ -90,9 +90,8 @@ impl Size {
             Size::Longer(n) => old.checked_add(n),
             Size::Shorter(n) => old.checked_sub(n),
         };
-        new.filter(|n| (1..=i64::MAX as u64).contains(n)).ok_or_else(|| {
-            Error::invalid(format!("{self:?} makes no size of {old} bytes: take 1 to 2^63 - 1"))
-        })
+        new.filter(|n| (1..=i64::MAX as u64).contains(n))
+            .ok_or_else(|| Error::invalid(format!("it has {old} bytes, and can get 1 to 2^63 - 1")))
     }
 }
 
