@@ -369,6 +369,33 @@ fn a_slice_that_is_exchanged_is_noticed() {
 }
 
 #[test]
+fn a_pair_of_words_is_seen_as_it_was_put() {
+    use shuttle::sync::atomic::Ordering::Release;
+    explore(|| {
+        let cache = Arc::new(TableCache::new(2, 32));
+        if let Reserve::Place(p) = cache.reserve(1) {
+            p.fill(std::iter::repeat(0), false, false);
+        }
+        let reader = {
+            let cache = cache.clone();
+            thread::spawn(move || {
+                for _ in 0..3 {
+                    let pair = cache.get(1).and_then(|f| f.pair(0));
+                    assert!(pair.is_none_or(|(a, b)| a == b), "{pair:?}");
+                }
+            })
+        };
+        for n in [1, 2, 1, 0] {
+            cache.update(1, |w| {
+                w[1].store(n, Release);
+                w[0].store(n, Release);
+            });
+        }
+        reader.join().unwrap();
+    });
+}
+
+#[test]
 fn flushes_meet_writes() {
     explore(|| {
         let file = file();

@@ -17,8 +17,9 @@ fn have() -> bool {
 fn scribble(rng: &mut Rng, format: &str, image: &str) {
     let commands: Vec<_> = (0..rng.between(2, 12))
         .map(|_| {
+            let unit = *rng.pick(&[1024, 4096]);
             let at = rng.below(DISK / 4096) * 4096;
-            let len = (rng.between(1, 60) * 4096).min(DISK - at);
+            let len = (rng.between(1, 60) * unit).min(DISK - at);
             match rng.below(5) {
                 0 => format!("write -z {at} {len}"),
                 1 => format!("write -z -u {at} {len}"),
@@ -39,7 +40,9 @@ fn chain(rng: &mut Rng, s: &Scratch, name: &str) -> String {
         let format = if raw { "raw" } else { "qcow2" };
         let cluster = *rng.pick(&["4k", "64k", "256k"]);
         let compat = *rng.pick(&["compat=v2", "compat=v3"]);
-        let options = format!("cluster_size={cluster},{compat}");
+        let extended = compat == "compat=v3" && cluster != "4k" && rng.one_in(2);
+        let more = if extended { ",extended_l2=on" } else { "" };
+        let options = format!("cluster_size={cluster},{compat}{more}");
         let size = DISK.to_string();
         let mut args = vec!["create", "-q", "-f", format];
         if !raw {
@@ -154,6 +157,11 @@ fn new_images_are_those_of_the_reference() {
         &["-o", "preallocation=metadata,compat=1.1", "IMAGE", "5M"],
         &["-o", "preallocation=falloc,extended_l2=off", "IMAGE", "5M"],
         &["-o", "preallocation=full,nocow=on", "IMAGE", "1M"],
+        &["-o", "extended_l2=on", "IMAGE", "1G"],
+        &["-o", "extended_l2=on,cluster_size=2M,preallocation=metadata", "IMAGE", "5M"],
+        &["-o", "extended_l2=on,preallocation=falloc", "-b", "base", "-F", "qcow2", "IMAGE"],
+        &["-o", "extended_l2=on,cluster_size=8k", "IMAGE", "1G"],
+        &["-o", "extended_l2=on,compat=0.10", "IMAGE", "1G"],
         &["-b", "base", "-F", "qcow2", "IMAGE"],
         &["-b", "base", "-F", "qcow2", "IMAGE", "10M"],
         &["-o", "backing_file=base,backing_fmt=qcow2", "IMAGE"],
@@ -224,7 +232,8 @@ fn copies_show_the_same_bytes() {
             tools::qemu_img(&["create", "-q", "-f", format, &target, &DISK.to_string()]);
             tools::qemu_io(format, &target, &[&format!("write -P 77 0 {DISK}")]);
         } else if format == "qcow2" && rng.one_in(2) {
-            args.extend(["-o", *rng.pick(&["cluster_size=4k", "compat=v2", "lazy_refcounts=on"])]);
+            let options = ["cluster_size=4k", "compat=v2", "lazy_refcounts=on", "extended_l2=on"];
+            args.extend(["-o", *rng.pick(&options)]);
         }
         args.extend([source.as_str(), &target]);
         let out = gipfel(&args);

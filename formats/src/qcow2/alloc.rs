@@ -91,11 +91,11 @@ impl Qcow2 {
     /// Notes that an entry let go of its host clusters. They can be used again after a flush.
     pub(super) fn let_go(&self, old: Cluster, discard: bool) {
         let (host, len) = match old {
-            Cluster::Data { host, .. } | Cluster::Zero { host: Some((host, _)) } => {
-                (host, self.g.cluster_size())
-            }
             Cluster::Compressed { host, len } => (host, len),
-            Cluster::Unallocated | Cluster::Zero { host: None } | Cluster::Bad => return,
+            other => match other.host() {
+                Some((host, _)) => (host, self.g.cluster_size()),
+                None => return,
+            },
         };
         self.let_go_bytes(host, len, discard);
     }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Qcow2;
-use super::entry::Cluster;
+use super::entry::{Cluster, Entry};
 use super::header::{Compression, Header, LAZY_REFCOUNTS};
 use super::lookup::What;
 
@@ -132,7 +132,7 @@ impl Qcow2 {
         let size = self.header().size;
         if !has_backing {
             let all = ByteRange::new(0, size);
-            let unflagged = |old| (old == Cluster::Zero { host: None }).then_some(0);
+            let unflagged = |old| (old == Cluster::Zero { host: None }).then_some(Entry::default());
             self.each_piece(all, false, unflagged).await?;
         }
         let mut left = ByteRange::new(0, size);

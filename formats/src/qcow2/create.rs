@@ -11,8 +11,8 @@ use gipfel_node::{Child, CreateArgs, ImageSize, Preallocation, WriteFlags, ZeroF
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
-use super::header::{COMPRESSION, Compression, Header, LAZY_REFCOUNTS};
+use super::geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, MIN_EXTENDED_BITS};
+use super::header::{COMPRESSION, Compression, EXTENDED_L2, Header, LAZY_REFCOUNTS};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -96,8 +96,15 @@ impl Options {
                 self.refcount_bits
             )));
         }
+        if self.extended_l2 && bits < MIN_EXTENDED_BITS {
+            return Err(Error::invalid(format!(
+                "extended L2 entries need clusters of at least {} bytes, not {}",
+                1 << MIN_EXTENDED_BITS,
+                self.cluster_size
+            )));
+        }
         let refcount_order = self.refcount_bits.trailing_zeros();
-        Ok(Geometry { cluster_bits: bits, refcount_order })
+        Ok(Geometry { extended_l2: self.extended_l2, ..Geometry::new(bits, refcount_order) })
     }
 
     fn check(&self, g: Geometry) -> Result<u32> {
@@ -114,7 +121,6 @@ impl Options {
             }
             false => Ok(()),
         };
-        refuse("option 'extended-l2'", self.extended_l2)?;
         refuse("option 'data-file-raw'", self.data_file_raw)?;
         refuse("option 'encrypt'", self.encrypt.is_some())?;
         if !self.size.is_multiple_of(512) {
@@ -124,6 +130,7 @@ impl Options {
             let needs_v3 = [
                 ("lazy refcounts", self.lazy_refcounts),
                 ("a refcount width other than 16", g.refcount_order != 4),
+                ("extended L2 entries", g.extended_l2),
                 ("another compression than zlib", self.compression()? != Compression::Zlib),
             ];
             if let Some((what, _)) = needs_v3.iter().find(|n| n.1) {
@@ -133,9 +140,12 @@ impl Options {
         if self.backing_fmt.is_some() && self.backing_file.is_none() {
             return Err(Error::invalid("'backing-fmt' is given without 'backing-file'"));
         }
-        if self.backing_file.is_some() && self.preallocation()?.is_some() {
+        // Subclusters show the backing file while none of a cluster is allocated.
+        let hides = self.preallocation()?.is_some() && !g.extended_l2;
+        if self.backing_file.is_some() && hides {
             return Err(Error::invalid(
-                "a preallocated image would hide its backing file: leave one of them out",
+                "a preallocated image would hide its backing file: leave one of them out, or use \
+                 extended L2 entries",
             ));
         }
         g.check_size(self.size)?;
@@ -195,7 +205,8 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
         reftable_clusters: layout.reftable as u32,
         snapshots: 0,
         snapshots_offset: 0,
-        incompatible: if compression == Compression::Zstd { COMPRESSION } else { 0 },
+        incompatible: if compression == Compression::Zstd { COMPRESSION } else { 0 }
+            | if g.extended_l2 { EXTENDED_L2 } else { 0 },
         compatible: if o.lazy_refcounts { LAZY_REFCOUNTS } else { 0 },
         autoclear: 0,
         compression,
@@ -273,15 +284,15 @@ mod tests {
 
     #[test]
     fn layouts_count_themselves() {
-        let g = Geometry { cluster_bits: 16, refcount_order: 4 };
+        let g = Geometry::new(16, 4);
         assert_eq!(Layout::new(g, 2), Layout { reftable: 1, blocks: 1, l1: 1 });
         for (cluster_bits, refcount_order, entries) in
             [(9, 6, 4 << 20), (9, 0, 100_000), (21, 6, 1)]
         {
-            let g = Geometry { cluster_bits, refcount_order };
+            let g = Geometry::new(cluster_bits, refcount_order);
             let l = Layout::new(g, entries);
             assert!(l.blocks * g.block_entries() >= l.total());
-            assert!(l.reftable * g.l2_entries() >= l.blocks);
+            assert!(l.reftable * g.cluster_words() >= l.blocks);
         }
     }
 }

@@ -240,7 +240,7 @@ impl Qcow2 {
         loop {
             // The new place may need blocks of its own, and the table room for them.
             let len = self.refcounts().table.len() as u64;
-            if place.count * self.g.l2_entries() >= len {
+            if place.count * self.g.cluster_words() >= len {
                 break;
             }
             if place.count > 0 {

@@ -4,7 +4,8 @@
 use gipfel_base::{Error, Result};
 
 use super::geometry::{
-    Geometry, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS,
+    Geometry, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES,
+    MIN_CLUSTER_BITS, MIN_EXTENDED_BITS,
 };
 
 /// The first four bytes of an image.
@@ -31,7 +32,7 @@ const DATA_FILE: u64 = 1 << 2;
 /// Incompatible feature: another compression than deflate.
 pub const COMPRESSION: u64 = 1 << 3;
 /// Incompatible feature: L2 entries with subclusters.
-const EXTENDED_L2: u64 = 1 << 4;
+pub const EXTENDED_L2: u64 = 1 << 4;
 /// Compatible feature: refcounts are updated late, under the dirty bit.
 pub const LAZY_REFCOUNTS: u64 = 1;
 
@@ -147,7 +148,7 @@ impl Header {
         }
         let mut h = Header {
             version,
-            geometry: Geometry { cluster_bits: be32(first, 20), refcount_order: 4 },
+            geometry: Geometry::new(be32(first, 20), 4),
             size: be64(first, 24),
             l1_size: be32(first, 36),
             l1_offset: be64(first, 40),
@@ -187,6 +188,7 @@ impl Header {
         self.compatible = be64(first, 80);
         self.autoclear = be64(first, 88);
         self.geometry.refcount_order = be32(first, 96);
+        self.geometry.extended_l2 = self.incompatible & EXTENDED_L2 != 0;
         let length = be32(first, 100) as usize;
         if length < V3_LENGTH || !length.is_multiple_of(8) || length > first.len() {
             return Err(bad(format!(
@@ -305,6 +307,13 @@ impl Header {
         if self.reftable_clusters == 0 || self.reftable_offset == 0 {
             return Err(bad("there is no refcount table"));
         }
+        if g.extended_l2 && g.cluster_bits < MIN_EXTENDED_BITS {
+            return Err(bad(format!(
+                "extended L2 entries need clusters of at least {} bytes, but they have {}",
+                1 << MIN_EXTENDED_BITS,
+                g.cluster_size()
+            )));
+        }
         let need = g.l1_entries(self.size);
         if u64::from(self.l1_size) < need {
             return Err(bad(format!(
@@ -335,10 +344,7 @@ impl Header {
         if self.incompatible & DATA_FILE != 0 {
             return later("an external data file");
         }
-        if self.incompatible & EXTENDED_L2 != 0 {
-            return later("the format with extended L2 entries");
-        }
-        let known = DIRTY | CORRUPT | COMPRESSION;
+        let known = DIRTY | CORRUPT | COMPRESSION | EXTENDED_L2;
         let unknown = self.incompatible & !known;
         if unknown != 0 {
             return Err(Error::unsupported(format!(
@@ -455,7 +461,7 @@ mod tests {
     fn sample() -> Header {
         Header {
             version: 3,
-            geometry: Geometry { cluster_bits: 16, refcount_order: 4 },
+            geometry: Geometry::new(16, 4),
             size: 1 << 30,
             l1_size: 2,
             l1_offset: 3 << 16,

@@ -48,7 +48,7 @@ impl Qcow2 {
         data["refcount-bits"] = json!(1u32 << h.geometry.refcount_order);
         if h.version >= 3 {
             data["corrupt"] = json!(h.incompatible & CORRUPT != 0);
-            data["extended-l2"] = json!(false);
+            data["extended-l2"] = json!(h.geometry.extended_l2);
         }
         DriverInfo {
             filename: None,

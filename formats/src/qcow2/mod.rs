@@ -158,9 +158,14 @@ impl Qcow2 {
         self.flags.unmap.load(Ordering::Relaxed)
     }
 
+    /// Entries in one L2 slice.
+    fn slice_entries(&self) -> usize {
+        self.l2.words() / self.g.entry_words()
+    }
+
     /// Bytes of the disk that one L2 slice stands for.
     fn slice_reach(&self) -> u64 {
-        (self.l2.words() as u64) << self.g.cluster_bits
+        (self.slice_entries() as u64) << self.g.cluster_bits
     }
 
     fn corrupt(&self, what: impl std::fmt::Display) -> Error {

@@ -114,7 +114,7 @@ impl Tables {
         let g = header.geometry;
         let end = file.size().await?;
         let l1 = table(file, header.l1_offset, u64::from(header.l1_size), end, "L1 table").await?;
-        let entries = u64::from(header.reftable_clusters) * g.l2_entries();
+        let entries = u64::from(header.reftable_clusters) * g.cluster_words();
         file.event(DebugEvent::ReftableLoad).await;
         let reftable = table(file, header.reftable_offset, entries, end, "refcount table").await?;
         let mut layout = Layout { g, end, meta: HashSet::new(), damage: None };

@@ -135,7 +135,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    const G: Geometry = Geometry { cluster_bits: 16, refcount_order: 4 };
+    const G: Geometry = Geometry::new(16, 4);
 
     fn sizes(o: Value) -> Result<(u64, u64)> {
         let c = Options::parse(o)?.caches(G, 1 << 50)?;

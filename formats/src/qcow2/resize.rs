@@ -10,7 +10,7 @@ use gipfel_io::Buf;
 use gipfel_node::{DebugEvent, Preallocation, WriteFlags, ZeroFlags};
 
 use super::Qcow2;
-use super::entry::Cluster;
+use super::entry::{Cluster, Entry};
 use super::flush::bytes;
 use super::lookup::What;
 
@@ -83,14 +83,21 @@ impl Qcow2 {
 
     /// Zeros what the cluster around the byte `end` stores from there on.
     async fn clear_tail(&self, end: u64) -> Result<()> {
-        let tail = ByteRange::between(end, end.next_multiple_of(self.g.cluster_size()));
+        let mut tail = ByteRange::between(end, end.next_multiple_of(self.g.cluster_size()));
         while !tail.is_empty() {
-            match self.lookup(tail.take(1), true).what {
-                What::Uncached => self.load_l2(end).await?,
-                What::Data { .. } | What::Compressed { .. } => return self.write_zeros(tail).await,
+            let run = self.lookup(tail, true);
+            match run.what {
+                What::Uncached => {
+                    self.load_l2(end).await?;
+                    continue;
+                }
+                What::Data { .. } | What::Compressed { .. } => {
+                    self.write_zeros(tail.take(run.len)).await?;
+                }
                 What::Bad { entry } => return Err(self.bad_entry(end, entry)),
-                What::Zero | What::Unallocated | What::Suspect => break,
+                What::Zero | What::Unallocated | What::Suspect => {}
             }
+            tail = tail.skip(run.len);
         }
         Ok(())
     }
@@ -100,7 +107,7 @@ impl Qcow2 {
     async fn cut(&self, from: u64) -> Result<()> {
         let end = self.size.load(Ordering::Acquire).next_multiple_of(self.g.cluster_size());
         if from < end {
-            let gone = |old| (old != Cluster::Unallocated).then_some(0);
+            let gone = |old| (old != Cluster::Unallocated).then_some(Entry::default());
             self.each_piece(ByteRange::between(from, end), true, gone).await?;
         }
         self.flush_all().await?;

@@ -5,7 +5,7 @@
 //! end of the file, or where metadata lies) reads as zeros afterwards; version 2 has no entry for
 //! zeros, there the cluster becomes unallocated.
 
-use crate::qcow2::entry::{COMPRESSED, COPIED, Cluster, OFFSET_MASK, ZERO};
+use crate::qcow2::entry::{COMPRESSED, COPIED, Cluster, Entry, OFFSET_MASK, Parts, ZERO};
 use crate::qcow2::geometry::{Geometry, MAX_HOST_OFFSET};
 
 /// Bits of an L1 entry that must be zero (spec, L1 table entry).
@@ -42,7 +42,7 @@ impl Bounds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Judged {
     /// The entry as it should be.
-    pub entry: u64,
+    pub entry: Entry,
     /// What is wrong with it, in words.
     pub fault: Option<&'static str>,
     /// Whether the entry, as it is, does not say for sure which clusters it uses.
@@ -52,11 +52,11 @@ pub(super) struct Judged {
 }
 
 impl Judged {
-    fn nothing(entry: u64) -> Judged {
+    fn nothing(entry: Entry) -> Judged {
         Judged { entry, fault: None, hides: false, uses: None }
     }
 
-    fn lost(entry: u64, fault: &'static str) -> Judged {
+    fn lost(entry: Entry, fault: &'static str) -> Judged {
         Judged { entry, fault: Some(fault), hides: true, uses: None }
     }
 }
@@ -65,58 +65,86 @@ const RESERVED: &str = "reserved bits are set";
 const UNALIGNED: &str = "the offset is not aligned to clusters";
 const PAST_END: &str = "it points past the end of the file";
 const ON_METADATA: &str = "it points to other metadata";
+const NO_PLACE: &str = "subclusters hold data, but there is no cluster for them";
+const CONTRADICTION: &str = "a subcluster both holds data and reads as zeros";
 
 /// Judges an entry of an L1 table. `hard` says which clusters hold metadata other than L2 tables.
 pub(super) fn l1_entry(entry: u64, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
     let aligned = OFFSET_MASK & !(b.g.cluster_size() - 1);
-    let mut j = Judged::nothing(entry & !L1_RESERVED);
-    if j.entry != entry {
+    let mut j = Judged::nothing(Entry { word: entry & !L1_RESERVED, bitmap: 0 });
+    if j.entry.word != entry {
         j.fault = Some(RESERVED);
     }
-    if j.entry & OFFSET_MASK & !aligned != 0 {
+    if j.entry.word & OFFSET_MASK & !aligned != 0 {
         (j.fault, j.hides) = (Some(UNALIGNED), true);
-        j.entry &= aligned | COPIED;
+        j.entry.word &= aligned | COPIED;
     }
-    let host = j.entry & aligned;
+    let none = Entry::default();
+    let host = j.entry.word & aligned;
     if host == 0 {
         // With the flag alone it would lead to the header, for whoever looks at the whole entry.
-        return match j.entry {
+        return match j.entry.word {
             0 if !j.hides => j,
-            _ => Judged::lost(0, ON_METADATA),
+            _ => Judged::lost(none, ON_METADATA),
         };
     }
     if !b.fit(host, b.g.cluster_size()) {
-        return Judged::lost(0, PAST_END);
+        return Judged::lost(none, PAST_END);
     }
     let cluster = host >> b.g.cluster_bits;
     if hard(cluster) {
-        return Judged::lost(0, ON_METADATA);
+        return Judged::lost(none, ON_METADATA);
     }
     Judged { uses: Some((cluster, 1)), ..j }
 }
 
+/// The entry in place of one whose data cannot be got at.
+fn lost(entry: Entry, b: Bounds) -> Entry {
+    if !b.g.extended_l2 {
+        return Entry { word: if b.version >= 3 { ZERO } else { 0 }, bitmap: 0 };
+    }
+    let parts = match entry.word & COMPRESSED {
+        0 => entry.parts(),
+        _ => Parts::DATA,
+    };
+    Entry::of(b.g, None, parts.with_zero(parts.data))
+}
+
 /// Judges an entry of an L2 table.
-pub(super) fn l2_entry(entry: u64, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
-    if entry & COMPRESSED != 0 {
+pub(super) fn l2_entry(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
+    if entry.word & COMPRESSED != 0 {
         return compressed(entry, b, hard);
     }
-    let lost = if b.version >= 3 { ZERO } else { 0 };
+    // Spec, Standard Cluster Descriptor: no flag for zeros with extended entries.
+    let reserved = L2_RESERVED | if b.g.extended_l2 { ZERO } else { 0 };
     let aligned = OFFSET_MASK & !(b.g.cluster_size() - 1);
-    let mut j = Judged::nothing(entry & !L2_RESERVED);
+    let mut j = Judged::nothing(Entry { word: entry.word & !reserved, ..entry });
     if j.entry != entry {
         j.fault = Some(RESERVED);
     }
-    if j.entry & OFFSET_MASK & !aligned != 0 {
-        if j.entry & lost != 0 {
-            // It reads as zeros wherever it lies.
+    let parts = entry.parts();
+    if b.g.extended_l2 && parts.data & parts.zero != 0 {
+        // What was written is kept.
+        j.fault = Some(CONTRADICTION);
+        j.entry = Entry { word: j.entry.word, ..Entry::of(b.g, None, parts.with_data(parts.data)) };
+    }
+    let lost = lost(j.entry, b);
+    if j.entry.word & OFFSET_MASK & !aligned != 0 {
+        let unread = if b.g.extended_l2 { parts.data == 0 } else { j.entry.word & lost.word != 0 };
+        if unread {
+            // It reads as it does wherever it lies.
             return Judged::lost(lost, UNALIGNED);
         }
         (j.fault, j.hides) = (Some(UNALIGNED), true);
-        j.entry &= aligned | COPIED | ZERO;
+        j.entry.word &= aligned | COPIED | ZERO;
     }
-    let host = j.entry & aligned;
+    let host = j.entry.word & aligned;
     if host == 0 {
-        return if j.hides { Judged::lost(lost, UNALIGNED) } else { j };
+        return match j.hides {
+            true => Judged::lost(lost, UNALIGNED),
+            false if b.g.extended_l2 && parts.data != 0 => Judged::lost(lost, NO_PLACE),
+            false => j,
+        };
     }
     if !b.fit(host, b.g.cluster_size()) {
         return Judged::lost(lost, PAST_END);
@@ -128,9 +156,9 @@ pub(super) fn l2_entry(entry: u64, b: Bounds, hard: impl Fn(u64) -> bool) -> Jud
     Judged { uses: Some((cluster, 1)), ..j }
 }
 
-fn compressed(entry: u64, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
-    let lost = if b.version >= 3 { ZERO } else { 0 };
-    let mut j = Judged::nothing(entry & !COPIED);
+fn compressed(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
+    let lost = lost(entry, b);
+    let mut j = Judged::nothing(Entry { word: entry.word & !COPIED, ..entry });
     if j.entry != entry {
         j.fault = Some("a compressed cluster is marked as one to be overwritten in place");
     }
@@ -153,7 +181,7 @@ fn compressed(entry: u64, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
     let len = if room < host + len {
         let x = 62 - (b.g.cluster_bits - 8);
         let sectors = room.div_ceil(SECTOR) - host / SECTOR - 1;
-        j.entry = j.entry & ((1 << x) - 1) | COMPRESSED | sectors << x;
+        j.entry.word = j.entry.word & ((1 << x) - 1) | COMPRESSED | sectors << x;
         j.fault = Some("the compressed data reach past the file's end or into metadata");
         j.hides = true;
         room - host
@@ -168,20 +196,21 @@ fn compressed(entry: u64, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
 mod tests {
     use super::*;
 
-    const B: Bounds = Bounds {
-        g: Geometry { cluster_bits: 16, refcount_order: 4 },
-        version: 3,
-        len: 0x10_0000 - 100,
-    };
+    const B: Bounds = Bounds { g: Geometry::new(16, 4), version: 3, len: 0x10_0000 - 100 };
 
-    fn judge(entry: u64) -> Judged {
-        l2_entry(entry, B, |c| c == 1)
+    fn judge(entry: Entry, b: Bounds, want: Entry, uses: Option<(u64, u64)>) {
+        let judge = |e| l2_entry(e, b, |c| c == 1);
+        let j = judge(entry);
+        assert_eq!((j.entry, j.uses, j.fault.is_some()), (want, uses, entry != want), "{entry:x?}");
+        assert_eq!(judge(j.entry), Judged { fault: None, hides: false, ..j }, "mended once");
+    }
+
+    fn word(word: u64) -> Entry {
+        Entry { word, bitmap: 0 }
     }
 
     fn is(entry: u64, want: u64, uses: Option<(u64, u64)>) {
-        let j = judge(entry);
-        assert_eq!((j.entry, j.uses, j.fault.is_some()), (want, uses, entry != want), "{entry:#x}");
-        assert_eq!(judge(j.entry), Judged { fault: None, hides: false, ..j }, "mended once");
+        judge(word(entry), B, word(want), uses);
     }
 
     #[test]
@@ -196,8 +225,31 @@ mod tests {
         is(0x200, ZERO, None);
         is(COPIED | 0x10_0000, ZERO, None);
         is(COPIED | 0x1_0000, ZERO, None);
-        let v2 = l2_entry(0x10_0000, Bounds { version: 2, ..B }, |_| false);
-        assert_eq!((v2.entry, v2.uses), (0, None));
+        let v2 = l2_entry(word(0x10_0000), Bounds { version: 2, ..B }, |_| false);
+        assert_eq!((v2.entry, v2.uses), (word(0), None));
+    }
+
+    #[test]
+    fn extended_entries() {
+        let b = Bounds { g: Geometry { extended_l2: true, ..B.g }, ..B };
+        let is = |entry: (u64, u64), want: (u64, u64), uses| {
+            let e = |(word, bitmap)| Entry { word, bitmap };
+            judge(e(entry), b, e(want), uses);
+        };
+        let at = COPIED | 0x5_0000;
+        for bitmap in [0, 1, 3, 1 << 32, 1 << 33 | 1, u64::from(u32::MAX), u64::MAX << 32] {
+            is((at, bitmap), (at, bitmap), Some((5, 1)));
+        }
+        is((0, 5 << 32), (0, 5 << 32), None);
+        is((at, 3 << 32 | 6), (at, 1 << 32 | 6), Some((5, 1)));
+        is((at | ZERO, 6), (at, 6), Some((5, 1)));
+        is((0, 1 << 34 | 3), (0, 7 << 32), None);
+        is((COPIED | 0x10_0000, 1 << 34 | 3), (0, 7 << 32), None);
+        is((COPIED | 0x1_0000, 2), (0, 2 << 32), None);
+        is((COPIED | 0x5_0200, 1 << 32), (0, 1 << 32), None);
+        is((COPIED | 0x5_0200, 1), (at, 1), Some((5, 1)));
+        is((COMPRESSED, 0), (0, u64::MAX << 32), None);
+        is((COMPRESSED | 0x5_0010, 0), (COMPRESSED | 0x5_0010, 0), Some((5, 1)));
     }
 
     #[test]
@@ -211,15 +263,15 @@ mod tests {
         is(c(0xf_0001, 255), c(0xf_0001, 127), Some((15, 1)));
         is(c(0xf_ffff, 0), ZERO, None);
         is(c(0x0_fe00, 3), c(0x0_fe00, 0), Some((0, 1)));
-        let below = l2_entry(c(0x4_fe00, 3), B, |c| c == 5);
-        assert_eq!((below.entry, below.uses), (c(0x4_fe00, 0), Some((4, 1))));
+        let below = l2_entry(word(c(0x4_fe00, 3)), B, |c| c == 5);
+        assert_eq!((below.entry, below.uses), (word(c(0x4_fe00, 0)), Some((4, 1))));
     }
 
     #[test]
     fn l1_entries() {
         let is = |entry: u64, want: u64, uses| {
             let j = l1_entry(entry, B, |c| c == 1);
-            assert_eq!((j.entry, j.uses, j.fault.is_some()), (want, uses, entry != want));
+            assert_eq!((j.entry, j.uses, j.fault.is_some()), (word(want), uses, entry != want));
         };
         is(0, 0, None);
         is(COPIED | 0x4_0000, COPIED | 0x4_0000, Some((4, 1)));

@@ -8,7 +8,7 @@ use super::Check;
 use super::image::PIECE;
 use super::judge::{self, Judged};
 use super::used::{HARD, ONE, TABLE};
-use crate::qcow2::entry::{COMPRESSED, COPIED};
+use crate::qcow2::entry::{COMPRESSED, COPIED, Entry};
 
 /// An L1 table in the file.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +74,7 @@ impl Check {
         judge::l1_entry(entry, self.image.bounds, |c| self.used.has(c, HARD))
     }
 
-    fn judge_l2(&self, entry: u64) -> Judged {
+    fn judge_l2(&self, entry: Entry) -> Judged {
         judge::l2_entry(entry, self.image.bounds, |c| self.used.has(c, HARD))
     }
 
@@ -84,8 +84,10 @@ impl Check {
     }
 
     /// Reads an L2 table; nothing where it has no entry.
-    async fn l2_table(&self, t: Table) -> Result<Option<Vec<u64>>> {
-        self.image.table(self.table_offset(t), self.image.bounds.g.l2_entries()).await
+    async fn l2_table(&self, t: Table) -> Result<Option<Vec<Entry>>> {
+        let g = self.image.bounds.g;
+        let words = self.image.table(self.table_offset(t), g.cluster_words()).await?;
+        Ok(words.map(|w| Entry::list(g, &w).collect()))
     }
 
     /// Reads all L1 tables and lists the L2 tables that they lead to.
@@ -145,12 +147,12 @@ impl Check {
             };
             layout.follows = None;
             let before = self.report.corruptions_fixed;
-            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != 0) {
+            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != Entry::default()) {
                 let j = self.judge_l2(entry);
                 if let Some(fault) = j.fault {
                     self.blind |= j.hides && !self.plan.entries;
                     self.needs.mend = true;
-                    let text = format!("L2 table at {at:#x}, entry {i} ({entry:#x}): {fault}");
+                    let text = format!("L2 table at {at:#x}, entry {i} ({entry}): {fault}");
                     self.fault(self.plan.entries, text);
                 }
                 let Some((first, clusters)) = j.uses else { continue };
@@ -158,7 +160,7 @@ impl Check {
                     self.used.add(c, t.refs)?;
                 }
                 if n < self.active_tables {
-                    layout.add(j.entry, first);
+                    layout.add(j.entry.word, first);
                 }
             }
             let fixed = self.report.corruptions_fixed - before;
@@ -211,7 +213,7 @@ impl Check {
             let t = self.tables[n];
             let Ok(Some(table)) = self.l2_table(t).await else { continue };
             let at = self.table_offset(t);
-            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != 0) {
+            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != Entry::default()) {
                 let j = self.judge_l2(entry);
                 self.compare_flag(j, || format!("L2 table at {at:#x}, entry {i}"));
             }
@@ -227,30 +229,32 @@ impl Check {
         if right == j.entry {
             return;
         }
-        let set = right & COPIED != 0;
+        let set = right.word & COPIED != 0;
         if set {
             self.needs.set_flags = true;
         } else {
             self.needs.mend = true;
         }
         let (entry, not) = (j.entry, if set { "" } else { "not " });
-        let text = format!("{} ({entry:#x}): the refcount is {not}one, unlike its flag", place());
+        let text = format!("{} ({entry}): the refcount is {not}one, unlike its flag", place());
         self.fault(self.plan.flags, text);
     }
 
     /// The entry with its flag cleared where the refcount is not one and, if `set`, set where it
     /// is one.
-    fn with_flag(&self, j: Judged, set: bool) -> u64 {
-        match j.uses {
-            Some((cluster, _)) if j.entry & COMPRESSED == 0 => {
+    fn with_flag(&self, j: Judged, set: bool) -> Entry {
+        let word = j.entry.word;
+        let word = match j.uses {
+            Some((cluster, _)) if word & COMPRESSED == 0 => {
                 match (self.used.has(cluster, ONE), set) {
-                    (false, _) => j.entry & !COPIED,
-                    (true, true) => j.entry | COPIED,
-                    (true, false) => j.entry,
+                    (false, _) => word & !COPIED,
+                    (true, true) => word | COPIED,
+                    (true, false) => word,
                 }
             }
-            _ => j.entry,
-        }
+            _ => word,
+        };
+        Entry { word, ..j.entry }
     }
 
     /// Writes the tables as they should be; without `set`, no entry gets its flag.
@@ -258,7 +262,10 @@ impl Check {
         for &l1 in &self.l1 {
             for (at, _, n) in l1.pieces() {
                 let Ok(Some(old)) = self.image.table(at, n).await else { continue };
-                let mend = |&e: &u64| self.mended(e, self.judge_l1(e), l1.active, set, false);
+                let mend = |&e: &u64| {
+                    let entry = Entry { word: e, bitmap: 0 };
+                    self.mended(entry, self.judge_l1(e), l1.active, set, false).word
+                };
                 let new: Vec<u64> = old.iter().map(mend).collect();
                 self.image.write_changed(at, &old, &new).await?;
             }
@@ -266,15 +273,17 @@ impl Check {
         for (n, &t) in self.tables.iter().enumerate() {
             let Ok(Some(old)) = self.l2_table(t).await else { continue };
             let (active, shared) = (n < self.active_tables, self.is_shared(t));
-            let mend = |&e: &u64| self.mended(e, self.judge_l2(e), active, set, shared);
-            let new: Vec<u64> = old.iter().map(mend).collect();
+            let mend = |e: &Entry| self.mended(*e, self.judge_l2(*e), active, set, shared);
+            let new: Vec<Entry> = old.iter().map(mend).collect();
+            let words = |list: &[Entry]| Entry::words(self.image.bounds.g, list);
+            let (old, new) = (words(&old), words(&new));
             self.image.write_changed(self.table_offset(t), &old, &new).await?;
         }
         Ok(())
     }
 
-    fn mended(&self, entry: u64, j: Judged, active: bool, set: bool, shared: bool) -> u64 {
-        if entry == 0 || j.fault.is_some() && (shared || !self.plan.entries) {
+    fn mended(&self, entry: Entry, j: Judged, active: bool, set: bool, shared: bool) -> Entry {
+        if entry == Entry::default() || j.fault.is_some() && (shared || !self.plan.entries) {
             entry
         } else if active && self.plan.flags {
             self.with_flag(j, set)

@@ -145,5 +145,7 @@ pub fn shapes() -> Vec<Value> {
         json!({ "size": 1 << 20, "cluster-size": 4096, "refcount-bits": 16 }),
         json!({ "size": 1 << 20, "cluster-size": 4096, "version": "v2" }),
         json!({ "size": 1 << 20, "cluster-size": 65536, "refcount-bits": 8 }),
+        json!({ "size": 1 << 20, "cluster-size": 16384, "extended-l2": true }),
+        json!({ "size": (1 << 20) + 1536, "cluster-size": 65536, "extended-l2": true }),
     ]
 }
