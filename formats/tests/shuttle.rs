@@ -176,7 +176,11 @@ async fn image(file: &std::sync::Arc<Child>, options: Value) -> std::sync::Arc<C
         node_name: "disk".into(),
         options,
         common: Common { discard: Discard::Unmap, ..Common::default() },
-        children: vec![file.clone(), Child::new("disk.backing", None)],
+        children: vec![
+            file.clone(),
+            Child::new("disk.backing", None),
+            Child::new("disk.data-file", None),
+        ],
     };
     let driver = (QCOW2.open)(args).await.unwrap().driver;
     let used = Perm::CONSISTENT_READ | Perm::WRITE;

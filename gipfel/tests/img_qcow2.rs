@@ -147,7 +147,7 @@ fn new_images_are_those_of_the_reference() {
     let s = Scratch::new("img-qcow2-new");
     let base = s.arg("base");
     tools::qemu_img(&["create", "-q", "-f", "qcow2", &base, "3M"]);
-    let image = s.arg("image");
+    let (image, data) = (s.arg("image"), s.arg("data"));
     for args in [
         &["IMAGE", "64M"][..],
         &["-o", "size=1000", "IMAGE"],
@@ -162,6 +162,13 @@ fn new_images_are_those_of_the_reference() {
         &["-o", "extended_l2=on,preallocation=falloc", "-b", "base", "-F", "qcow2", "IMAGE"],
         &["-o", "extended_l2=on,cluster_size=8k", "IMAGE", "1G"],
         &["-o", "extended_l2=on,compat=0.10", "IMAGE", "1G"],
+        &["-o", "data_file=DATA", "IMAGE", "5M"],
+        &["-o", "data_file=DATA,extended_l2=on,preallocation=full", "IMAGE", "1M"],
+        &["-o", "data_file=DATA,data_file_raw=on", "IMAGE", "5M"],
+        &["-o", "data_file=DATA", "-b", "base", "-F", "qcow2", "IMAGE"],
+        &["-o", "data_file=DATA,data_file_raw=on", "-b", "base", "-F", "qcow2", "IMAGE"],
+        &["-o", "data_file_raw=on", "IMAGE", "1M"],
+        &["-o", "data_file=DATA,compat=0.10", "IMAGE", "1M"],
         &["-b", "base", "-F", "qcow2", "IMAGE"],
         &["-b", "base", "-F", "qcow2", "IMAGE", "10M"],
         &["-o", "backing_file=base,backing_fmt=qcow2", "IMAGE"],
@@ -182,8 +189,9 @@ fn new_images_are_those_of_the_reference() {
         let args: Vec<_> = ["create", "-f", "qcow2"]
             .iter()
             .chain(args)
-            .map(|a| if *a == "IMAGE" { image.as_str() } else { a })
+            .map(|a| if *a == "IMAGE" { image.clone() } else { a.replace("DATA", &data) })
             .collect();
+        let args: Vec<_> = args.iter().map(String::as_str).collect();
         let made = |run: &dyn Fn(&[&str]) -> std::process::Output| {
             let _ = std::fs::remove_file(&image);
             let out = run(&args);
@@ -201,6 +209,43 @@ fn new_images_are_those_of_the_reference() {
         let ours = made(&gipfel);
         let theirs = made(&|a| tools::try_run("qemu-img", a));
         assert_eq!((ours.0, &ours.1, &ours.2), (theirs.0, &theirs.1, &theirs.2), "{}", ours.3);
+    }
+}
+
+#[test]
+fn data_lie_in_a_file_of_their_own() {
+    if !have() {
+        return;
+    }
+    let mut rng = Rng::from_env();
+    let s = Scratch::new("img-qcow2-data");
+    let (source, image, data) = (s.arg("source"), s.arg("image"), s.arg("data"));
+    tools::qemu_img(&["create", "-q", "-f", "raw", &source, &DISK.to_string()]);
+    scribble(&mut rng, "raw", &source);
+    for raw in ["off", "on"] {
+        let options = format!("data_file={data},data_file_raw={raw}");
+        let out = gipfel(&["convert", "-O", "qcow2", "-o", &options, &source, &image]);
+        assert_eq!(code(&out), 0, "{}", stderr(&out));
+        tools::qcow2_is_clean(&image);
+        tools::same_content("raw", &source, "qcow2", &image);
+        if raw == "on" {
+            tools::same_content("raw", &source, "raw", &data);
+        }
+        scribble(&mut rng, "qcow2", &image);
+        for args in [&["info"][..], &["info", "--output=json"], &["check", "--output=json"]] {
+            alike(&[args, &[&image]].concat());
+        }
+        let args = ["map", "--output=json", &image];
+        assert_eq!(extents(&stdout(&gipfel(&args))), extents(&tools::qemu_img(&args)));
+        let back = s.arg("back");
+        let out = gipfel(&["convert", "-O", "raw", &image, &back]);
+        assert_eq!(code(&out), 0, "{}", stderr(&out));
+        tools::same_content("qcow2", &image, "raw", &back);
+        // Looking at an image opens nothing that it names.
+        std::fs::remove_file(&data).unwrap();
+        assert_eq!(code(&gipfel(&["info", &image])), 0);
+        let out = gipfel(&["map", &image]);
+        assert!(code(&out) == 1 && stderr(&out).contains("data"), "{}", stderr(&out));
     }
 }
 

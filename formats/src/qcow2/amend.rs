@@ -89,6 +89,11 @@ fn check_v2(h: &mut Header) -> Result<()> {
 impl Qcow2 {
     /// Lets the image name another backing file, or none.
     pub(super) async fn change_backing(&self, backing: Option<BackingName>) -> Result<()> {
+        if backing.is_some() && self.is_raw() {
+            return Err(Error::invalid(
+                "the data file is a raw image by itself, which cannot show a backing file",
+            ));
+        }
         // A flush may move tables, of which the header tells.
         self.flush_all().await?;
         let mut new = self.header().clone();

@@ -146,7 +146,7 @@ impl Found<'_> {
         // As with the tag: a word that was stored meanwhile was read with Acquire, and makes
         // visible that the count had become another one before.
         let same = self.slot.changes.load(Ordering::Acquire) == changes;
-        (changes % 2 == 0 && same).then_some(pair)
+        (changes.is_multiple_of(2) && same).then_some(pair)
     }
 
     /// Whether an entry of it contradicts the image.

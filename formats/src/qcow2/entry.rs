@@ -156,21 +156,24 @@ impl Cluster {
             let x = 62 - (g.cluster_bits - 8);
             let host = word & ((1 << x) - 1);
             let sectors = word >> x & ((1 << (62 - x)) - 1);
-            if host == 0 || word & COPIED != 0 {
+            if host == 0 || word & COPIED != 0 || g.data_file {
                 return Cluster::Bad;
             }
             return Cluster::Compressed { host, len: (sectors + 1) * 512 - host % 512 };
         }
         let host = word & OFFSET_MASK;
-        let copied = word & COPIED != 0;
+        // Spec, L2 table entry: in an external data file offset 0 is one, if the flag says so, and
+        // clusters have no refcount but one.
+        let is_place = host != 0 || g.data_file && word & COPIED != 0;
+        let copied = word & COPIED != 0 || g.data_file;
         if g.in_cluster(host) != 0 {
             return Cluster::Bad;
         }
-        let kept = (host != 0).then_some((host, copied));
+        let kept = is_place.then_some((host, copied));
         let parts = match g.extended_l2 {
             true => entry.parts(),
             false if word & ZERO != 0 && version >= 3 => Parts::ZERO,
-            false if host != 0 => Parts::DATA,
+            false if is_place => Parts::DATA,
             false => Parts::NONE,
         };
         match (parts, kept) {
@@ -257,6 +260,17 @@ mod tests {
         assert_eq!(d(0, 1), Cluster::Bad, "data without a place");
         assert_eq!(d(0x50200, 0), Cluster::Bad);
         assert_eq!(Entry::of(g, host, parts), Entry { word: at, bitmap: 1 << 32 | 6 });
+    }
+
+    #[test]
+    fn entries_with_a_data_file() {
+        let g = Geometry { data_file: true, ..G };
+        let d = |e| Cluster::decode(word(e), g, 3);
+        assert_eq!(d(0), Cluster::Unallocated);
+        assert_eq!(d(COPIED), Cluster::Data { host: 0, copied: true });
+        assert_eq!(d(COPIED | ZERO), Cluster::Zero { host: Some((0, true)) });
+        assert_eq!(d(0x50000), Cluster::Data { host: 0x50000, copied: true });
+        assert_eq!(d(COMPRESSED | 0x50000), Cluster::Bad);
     }
 
     #[test]

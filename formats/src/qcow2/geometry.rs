@@ -28,12 +28,14 @@ pub struct Geometry {
     pub refcount_order: u32,
     /// Whether L2 entries are extended by a bitmap of subclusters.
     pub extended_l2: bool,
+    /// Whether data lie in a file of their own, each cluster where the disk has it.
+    pub data_file: bool,
 }
 
 impl Geometry {
-    /// Sizes with standard L2 entries.
+    /// Sizes with standard L2 entries and without a data file.
     pub const fn new(cluster_bits: u32, refcount_order: u32) -> Geometry {
-        Geometry { cluster_bits, refcount_order, extended_l2: false }
+        Geometry { cluster_bits, refcount_order, extended_l2: false, data_file: false }
     }
 
     /// Cluster size in bytes.

@@ -67,6 +67,16 @@ impl Qcow2 {
         })
     }
 
+    /// What the entry of the guest cluster at `guest` says.
+    pub(super) fn decode(&self, entry: Entry, guest: u64) -> Cluster {
+        let cluster = Cluster::decode(entry, self.g, self.version);
+        match cluster.host() {
+            // Spec, External data file bit: the offsets are those of the disk.
+            Some((host, _)) if self.g.data_file && host != guest => Cluster::Bad,
+            _ => cluster,
+        }
+    }
+
     /// Puts an entry into the words of its place.
     pub(super) fn put_entry(words: &[AtomicU64], entry: Entry) {
         words[0].store(entry.word, Ordering::Release);
@@ -118,9 +128,10 @@ impl Qcow2 {
         if suspect && !closely {
             return whole(What::Suspect);
         }
+        let (entries, bits) = (self.slice_entries() as u64, self.g.cluster_bits);
         let run = |index: usize, skip: u64| {
             let entry = self.entry(&found, index)?;
-            let cluster = Cluster::decode(entry, self.g, self.version);
+            let cluster = self.decode(entry, ((slice * entries) + index as u64) << bits);
             if suspect && !self.is_plausible(cluster) {
                 return Some(self.rest(What::Bad { entry: entry.word }, skip));
             }
@@ -182,8 +193,8 @@ impl Qcow2 {
         let pin = self.epoch.pin();
         let run = self.lookup(range, false);
         match run.what {
-            What::Data { host, .. } if host + run.len <= self.file_end.load(Ordering::Acquire) => {
-                Mapping::Child { child: self.file(), offset: host, len: run.len, pin: Some(pin) }
+            What::Data { host, .. } if host + run.len <= self.data_end.load(Ordering::Acquire) => {
+                Mapping::Child { child: self.data(), offset: host, len: run.len, pin: Some(pin) }
             }
             What::Zero => Mapping::Zero { len: run.len },
             What::Unallocated => self.map_backing(range.take(run.len)),
@@ -218,7 +229,7 @@ impl Qcow2 {
         let in_place = |r: Run| matches!(r.what, What::Data { copied: true, .. });
         if let What::Data { host, copied: true } = run.what {
             return Mapping::Child {
-                child: self.file(),
+                child: self.data(),
                 offset: host,
                 len: run.len,
                 pin: Some(pin),
@@ -250,7 +261,9 @@ impl Qcow2 {
         end: u64,
         meta: &std::collections::HashSet<u64>,
     ) -> bool {
-        let clear = |host: u64| host < end && !meta.contains(&(host >> self.g.cluster_bits));
+        let clear = |host: u64| {
+            self.g.data_file || host < end && !meta.contains(&(host >> self.g.cluster_bits))
+        };
         match cluster {
             Cluster::Bad => false,
             Cluster::Unallocated

@@ -64,11 +64,15 @@ impl Qcow2 {
                 Need::InPlace { host, len } => {
                     let rest = buf.split_off(len as usize);
                     self.event(DebugEvent::WriteAio).await;
-                    self.file().write(host, buf, WriteFlags::default()).await?;
+                    self.data().write(host, buf, WriteFlags::default()).await?;
                     (left, buf) = (left.skip(len), rest);
                     continue;
                 }
                 Need::Kept { host, clusters } => (host, clusters, None),
+                // Each cluster has its place in the data file.
+                Need::New { clusters } if self.g.data_file => {
+                    (self.g.cluster_start(left.start()), clusters, None)
+                }
                 Need::New { clusters } => {
                     let e = self.allocate(clusters, false).await?;
                     (e.first << self.g.cluster_bits, e.count, Some(e))
@@ -114,7 +118,8 @@ impl Qcow2 {
         let found = self.l2.inspect(slice, |words| {
             let kinds = self.entries(&words[first * self.g.entry_words()..]).take(most);
             let mut need = None;
-            for kind in kinds.map(|e| Cluster::decode(e, self.g, self.version)) {
+            let guests = (0..).map(|i| self.g.cluster_start(range.start()) + i * size);
+            for kind in kinds.zip(guests).map(|(e, guest)| self.decode(e, guest)) {
                 need = match (need, kind, kind.host()) {
                     (n, Cluster::Data { copied: true, .. } | Cluster::Bad, _) => return n,
                     (None, _, Some((host, true))) => Some(Need::Kept { host, clusters: 1 }),
@@ -174,7 +179,7 @@ impl Qcow2 {
                 self.entries(&words[index * self.g.entry_words()..]).next().unwrap_or_default()
             });
             match entry {
-                Some(e) => return Ok(Cluster::decode(e, self.g, self.version)),
+                Some(e) => return Ok(self.decode(e, guest)),
                 None => self.load_l2(guest).await?,
             }
         }
@@ -205,12 +210,17 @@ impl Qcow2 {
     ) -> Result<()> {
         let head = ByteRange::between(span.start(), part.start());
         let tail = ByteRange::between(part.end(), span.end());
-        let head = if fresh && self.reads_as_zeros(head).await? { head.take(0) } else { head };
-        let tail = if fresh && self.reads_as_zeros(tail).await? { tail.take(0) } else { tail };
+        let size = self.size.load(Ordering::Acquire);
+        // What lies past the end of the disk is zeros.
+        let inside = |r: ByteRange| r.take(size.saturating_sub(r.start()));
+        let no_head = fresh && self.reads_as_zeros(inside(head)).await?;
+        let no_tail = fresh && self.reads_as_zeros(inside(tail)).await?;
+        let head = if no_head { head.take(0) } else { head };
+        let tail = if no_tail { tail.take(0) } else { tail };
         if head.is_empty() && tail.is_empty() {
             let at = host + (part.start() - span.start());
             self.event(DebugEvent::WriteAio).await;
-            return self.file().write(at, buf, WriteFlags::default()).await;
+            return self.data().write(at, buf, WriteFlags::default()).await;
         }
         let from = if head.is_empty() { part.start() } else { span.start() };
         let to = if tail.is_empty() { part.end() } else { span.end() };
@@ -229,7 +239,7 @@ impl Qcow2 {
         // One write is both: the data, and what is copied around them.
         self.event(DebugEvent::CowWrite).await;
         self.event(DebugEvent::WriteAio).await;
-        self.file().write(host + (from - span.start()), all, WriteFlags::default()).await
+        self.data().write(host + (from - span.start()), all, WriteFlags::default()).await
     }
 
     /// Reads what was in `range` before; what lies past the end of the disk is zeros.
@@ -242,7 +252,7 @@ impl Qcow2 {
 
     /// Gives the first clusters of `range`, which read as zeros, host clusters that do so too,
     /// unless they have some. Gives how many bytes of the disk that covers, and where in the file
-    /// the new ones lie.
+    /// the new ones lie. What a data file has there reads as zeros already.
     pub(super) async fn preallocate_some(&self, range: ByteRange) -> Result<(u64, ByteRange)> {
         let piece = self.piece(range);
         let span = self.whole(piece);
@@ -257,28 +267,33 @@ impl Qcow2 {
                 }
                 Need::New { clusters } => clusters,
             };
-            let e = self.allocate(n, false).await?;
-            let len = e.count << self.g.cluster_bits;
-            let host = ByteRange::new(e.first << self.g.cluster_bits, len);
-            let span = span.take(len);
-            if self.g.extended_l2 {
-                // The clusters are kept for their subclusters, of which none is allocated.
-                self.refer(span, span.take(0), host.start()).await?;
-                return Ok((len, host));
-            }
-            if !e.fresh {
+            let (host, fresh) = if self.g.data_file {
+                (span.take(n << self.g.cluster_bits), true)
+            } else {
+                let e = self.allocate(n, false).await?;
+                let (at, len) = (e.first << self.g.cluster_bits, e.count << self.g.cluster_bits);
+                (ByteRange::new(at, len), e.fresh)
+            };
+            let span = span.take(host.len());
+            // With subclusters, the clusters are kept for them while none is allocated.
+            let part = if self.g.extended_l2 { span.take(0) } else { span };
+            if !fresh && !part.is_empty() {
                 self.file().write_zeroes(host, ZeroFlags::default()).await?;
                 self.flushing.wrote();
             }
-            self.refer(span, span, host.start()).await?;
-            return Ok((len, host));
+            self.refer(span, part, host.start()).await?;
+            return Ok((host.len(), host));
         }
     }
 
-    /// Makes the file reach to the end of the last cluster that was ever taken.
+    /// Makes the file with the data reach to the end of the last cluster that was ever taken, or
+    /// of the disk.
     pub(super) async fn reach_end(&self) -> Result<()> {
-        let end = self.refcounts().end() << self.g.cluster_bits;
-        match self.file().node().await {
+        let end = match self.g.data_file {
+            true => self.size.load(Ordering::Acquire),
+            false => self.refcounts().end() << self.g.cluster_bits,
+        };
+        match self.data().node().await {
             Some(n) if n.size() < end => n.driver().resize(end).await,
             _ => Ok(()),
         }
@@ -307,16 +322,17 @@ impl Qcow2 {
         let (slice, first) = self.slice_of(span.start());
         let clusters = (span.len() >> self.g.cluster_bits) as usize;
         let n = self.g.entry_words();
+        let guest = |i: usize| span.start() + ((i as u64) << self.g.cluster_bits);
         let mut gone = Vec::new();
         while self
             .l2
             .update(slice, |words| {
                 let words = &words[n * first..n * (first + clusters)];
                 for (i, e) in self.entries(words).enumerate() {
-                    let old = Cluster::decode(e, self.g, self.version);
+                    let old = self.decode(e, guest(i));
                     let Some(new) = change(i as u64, old) else { continue };
                     Self::put_entry(&words[n * i..n * (i + 1)], new);
-                    if host_of(old) != host_of(Cluster::decode(new, self.g, self.version)) {
+                    if host_of(old) != host_of(self.decode(new, guest(i))) {
                         gone.push(old);
                     }
                 }
@@ -327,7 +343,7 @@ impl Qcow2 {
         }
         self.flushing.changed();
         for old in gone {
-            self.let_go(old, discard);
+            self.let_go(old, discard).await;
         }
         Ok(())
     }

@@ -43,6 +43,10 @@ impl Qcow2 {
             }
         }
         let unmap = flags.unmap && self.unmaps();
+        if self.is_raw() {
+            // Whoever reads the data file alone finds zeros too.
+            self.zero_data(range, ZeroFlags { unmap, ..flags }).await?;
+        }
         let whole = self.inner(inner, self.g.cluster_size());
         let (first, last) = if whole.is_empty() {
             // Up to two clusters, each in part.
@@ -66,6 +70,13 @@ impl Qcow2 {
             }
         })
         .await
+    }
+
+    /// Makes what lies in the data file read as zeros.
+    async fn zero_data(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        self.data().write_zeroes(range, flags).await?;
+        self.flushing.wrote();
+        Ok(())
     }
 
     /// Makes some subclusters of one cluster read as zeros.
@@ -107,6 +118,9 @@ impl Qcow2 {
         let empty = if self.version >= 3 { Parts::ZERO } else { Parts::NONE };
         let empty = Entry::of(self.g, None, empty);
         let inner = self.inner(range, self.g.cluster_size());
+        if self.is_raw() && !inner.is_empty() {
+            self.zero_data(inner, ZeroFlags { unmap: true, ..ZeroFlags::default() }).await?;
+        }
         self.each_piece(inner, true, |old| match old {
             Cluster::Unallocated | Cluster::Zero { host: None } => None,
             _ => Some(empty),
@@ -115,10 +129,8 @@ impl Qcow2 {
     }
 
     /// Whether a part of one or two clusters is known to read as zeros, without a look at data.
-    /// What lies past the end of the disk does.
     pub(super) async fn reads_as_zeros(&self, range: ByteRange) -> Result<bool> {
-        let size = self.size.load(Ordering::Acquire);
-        let mut left = range.take(size.saturating_sub(range.start()));
+        let mut left = range;
         while !left.is_empty() {
             let run = self.lookup(left, true);
             match run.what {

@@ -47,7 +47,8 @@ pub(super) struct Judged {
     pub fault: Option<&'static str>,
     /// Whether the entry, as it is, does not say for sure which clusters it uses.
     pub hides: bool,
-    /// Clusters that the entry as it should be uses: the first and how many.
+    /// Clusters that the entry as it should be uses, in the file where data lie: the first and how
+    /// many.
     pub uses: Option<(u64, u64)>,
 }
 
@@ -65,6 +66,8 @@ const RESERVED: &str = "reserved bits are set";
 const UNALIGNED: &str = "the offset is not aligned to clusters";
 const PAST_END: &str = "it points past the end of the file";
 const ON_METADATA: &str = "it points to other metadata";
+const MOVED: &str = "its place in the data file is not that on the disk";
+const IN_DATA_FILE: &str = "a compressed cluster in an image with a data file";
 const NO_PLACE: &str = "subclusters hold data, but there is no cluster for them";
 const CONTRADICTION: &str = "a subcluster both holds data and reads as zeros";
 
@@ -110,8 +113,8 @@ fn lost(entry: Entry, b: Bounds) -> Entry {
     Entry::of(b.g, None, parts.with_zero(parts.data))
 }
 
-/// Judges an entry of an L2 table.
-pub(super) fn l2_entry(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
+/// Judges an entry of an L2 table, which speaks of the disk's bytes at `guest`.
+pub(super) fn l2_entry(entry: Entry, b: Bounds, guest: u64, hard: impl Fn(u64) -> bool) -> Judged {
     if entry.word & COMPRESSED != 0 {
         return compressed(entry, b, hard);
     }
@@ -127,6 +130,9 @@ pub(super) fn l2_entry(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> J
         // What was written is kept.
         j.fault = Some(CONTRADICTION);
         j.entry = Entry { word: j.entry.word, ..Entry::of(b.g, None, parts.with_data(parts.data)) };
+    }
+    if b.g.data_file {
+        return in_data_file(j, b, guest);
     }
     let lost = lost(j.entry, b);
     if j.entry.word & OFFSET_MASK & !aligned != 0 {
@@ -156,8 +162,26 @@ pub(super) fn l2_entry(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> J
     Judged { uses: Some((cluster, 1)), ..j }
 }
 
+/// Judges the rest of an entry whose data lie in a file of their own: there they have no refcount,
+/// and one place.
+fn in_data_file(mut j: Judged, b: Bounds, guest: u64) -> Judged {
+    let placed = |e: Entry| Cluster::decode(e, b.g, b.version).host();
+    let host = j.entry.word & OFFSET_MASK;
+    let empty = host == 0 && j.entry.word & COPIED == 0;
+    if !empty && host != guest {
+        j.fault = Some(MOVED);
+        j.entry.word = j.entry.word & !OFFSET_MASK | guest | COPIED;
+    } else if empty && b.g.extended_l2 && j.entry.parts().data != 0 {
+        return Judged::lost(lost(j.entry, b), NO_PLACE);
+    }
+    Judged { uses: placed(j.entry).map(|h| (h.0 >> b.g.cluster_bits, 1)), ..j }
+}
+
 fn compressed(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
     let lost = lost(entry, b);
+    if b.g.data_file {
+        return Judged::lost(lost, IN_DATA_FILE);
+    }
     let mut j = Judged::nothing(Entry { word: entry.word & !COPIED, ..entry });
     if j.entry != entry {
         j.fault = Some("a compressed cluster is marked as one to be overwritten in place");
@@ -199,7 +223,7 @@ mod tests {
     const B: Bounds = Bounds { g: Geometry::new(16, 4), version: 3, len: 0x10_0000 - 100 };
 
     fn judge(entry: Entry, b: Bounds, want: Entry, uses: Option<(u64, u64)>) {
-        let judge = |e| l2_entry(e, b, |c| c == 1);
+        let judge = |e| l2_entry(e, b, 0x5_0000, |c| c == 1);
         let j = judge(entry);
         assert_eq!((j.entry, j.uses, j.fault.is_some()), (want, uses, entry != want), "{entry:x?}");
         assert_eq!(judge(j.entry), Judged { fault: None, hides: false, ..j }, "mended once");
@@ -225,7 +249,7 @@ mod tests {
         is(0x200, ZERO, None);
         is(COPIED | 0x10_0000, ZERO, None);
         is(COPIED | 0x1_0000, ZERO, None);
-        let v2 = l2_entry(word(0x10_0000), Bounds { version: 2, ..B }, |_| false);
+        let v2 = l2_entry(word(0x10_0000), Bounds { version: 2, ..B }, 0, |_| false);
         assert_eq!((v2.entry, v2.uses), (word(0), None));
     }
 
@@ -263,8 +287,22 @@ mod tests {
         is(c(0xf_0001, 255), c(0xf_0001, 127), Some((15, 1)));
         is(c(0xf_ffff, 0), ZERO, None);
         is(c(0x0_fe00, 3), c(0x0_fe00, 0), Some((0, 1)));
-        let below = l2_entry(word(c(0x4_fe00, 3)), B, |c| c == 5);
+        let below = l2_entry(word(c(0x4_fe00, 3)), B, 0, |c| c == 5);
         assert_eq!((below.entry, below.uses), (word(c(0x4_fe00, 0)), Some((4, 1))));
+    }
+
+    #[test]
+    fn entries_with_a_data_file() {
+        let b = Bounds { g: Geometry { data_file: true, ..B.g }, ..B };
+        let is = |entry, want, uses| judge(word(entry), b, word(want), uses);
+        // These speak of the disk's bytes at 0x5_0000.
+        is(0, 0, None);
+        is(ZERO, ZERO, None);
+        is(COPIED | 0x5_0000, COPIED | 0x5_0000, Some((5, 1)));
+        is(COPIED | 0x1_0000, COPIED | 0x5_0000, Some((5, 1)));
+        is(COPIED | 0x5_0201, COPIED | 0x5_0001, Some((5, 1)));
+        is(COPIED, COPIED | 0x5_0000, Some((5, 1)));
+        is(COMPRESSED | 0x5_0000, ZERO, None);
     }
 
     #[test]

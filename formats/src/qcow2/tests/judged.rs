@@ -77,8 +77,12 @@ async fn read(image: &Child, range: ByteRange) -> Vec<u8> {
 }
 
 /// Options by which the reference makes an image, and what this driver is told for the same.
-fn shapes() -> Vec<(&'static str, Value)> {
-    vec![
+fn shapes(s: &Scratch) -> Vec<(String, Value)> {
+    // In the simulation a data file has no name: the reference makes the images that have one.
+    let data = format!("data_file={}", s.arg("image.data"));
+    let files = ["", ",data_file_raw=on", ",extended_l2=on"];
+    let files = files.iter().map(|more| (format!("{data}{more}"), Value::Null));
+    let plain = [
         ("cluster_size=4k", json!({ "cluster-size": 4096 })),
         ("extended_l2=on,cluster_size=16k", json!({ "cluster-size": 16384, "extended-l2": true })),
         ("extended_l2=on", json!({ "extended-l2": true })),
@@ -87,7 +91,8 @@ fn shapes() -> Vec<(&'static str, Value)> {
             json!({ "extended-l2": true, "preallocation": "metadata" }),
         ),
         ("extended_l2=on,cluster_size=2M", json!({ "extended-l2": true, "cluster-size": 2 << 20 })),
-    ]
+    ];
+    plain.into_iter().map(|(t, o)| (t.to_owned(), o)).chain(files).collect()
 }
 
 #[test]
@@ -97,21 +102,29 @@ fn images_go_both_ways() {
     }
     let (s, mut rng) = (Scratch::new("qcow2-judged"), Rng::from_env());
     let (path, raw, base) = (s.arg("image"), s.arg("raw"), s.arg("base"));
-    for (theirs, ours) in shapes() {
+    let data = s.arg("image.data");
+    for (theirs, ours) in shapes(&s) {
         for round in 0..4 {
             let what = format!("{theirs}, round {round}, seed {}", rng.seed());
-            let backed = round % 2 == 1 && !theirs.contains("prealloc");
+            let alone = theirs.contains("prealloc") || theirs.contains("raw");
+            let (backed, has_data) = (round % 2 == 1 && !alone, ours.is_null());
             let mut model = DiskModel::new(SIZE);
             let world = World::new(rng.next_u64());
+            let take = || {
+                world.put_file("image", std::fs::read(&path).unwrap());
+                if has_data {
+                    world.put_file("image.data", std::fs::read(&data).unwrap());
+                }
+            };
             if backed {
                 model.randomize(&mut rng, 100);
                 model.save(&base);
                 world.put_file("base", model.to_vec());
             }
             let below = backed.then_some("base");
-            if round < 2 {
+            if round < 2 || has_data {
                 let size = SIZE.to_string();
-                let args = ["create", "-q", "-f", "qcow2", "-o", theirs, &path, &size];
+                let args = ["create", "-q", "-f", "qcow2", "-o", &theirs, &path, &size];
                 tools::qemu_img(&args);
                 if backed {
                     tools::qemu_img(&["rebase", "-u", "-b", &base, "-F", "raw", &path]);
@@ -122,7 +135,7 @@ fn images_go_both_ways() {
                     model.write(0, &vec![7; 2 << 20]);
                 }
                 written_by_reference(&path, &mut model, &mut rng);
-                world.put_file("image", std::fs::read(&path).unwrap());
+                take();
             } else {
                 let mut o = ours.clone();
                 o["size"] = json!(SIZE);
@@ -141,15 +154,21 @@ fn images_go_both_ways() {
                     disk::close(&image).await.unwrap();
                 });
                 std::fs::write(&path, world.file("image").unwrap()).unwrap();
+                if has_data {
+                    std::fs::write(&data, world.file("image.data").unwrap()).unwrap();
+                }
                 println!("{what}");
                 tools::qcow2_is_clean(&path);
                 model.save(&raw);
                 tools::same_content("qcow2", &path, "raw", &raw);
+                if theirs.contains("raw=on") {
+                    tools::same_content("raw", &data, "raw", &raw);
+                }
                 written_by_reference(&path, &mut model, &mut rng);
-                if rng.one_in(2) {
+                if rng.one_in(2) && !has_data {
                     tools::qemu_img(&["snapshot", "-c", "x", &path]);
                 }
-                world.put_file("image", std::fs::read(&path).unwrap());
+                take();
             }
         }
     }

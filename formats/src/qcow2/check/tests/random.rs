@@ -201,6 +201,6 @@ fn what_is_no_image_is_refused() {
     }
     let d = Disk::sparse(1 << 20);
     header(&d, 16, 4, 1 << 20, (3 << 16, 1), (1 << 16, 1));
-    d.put_be(72, 8, 4);
+    d.put_be(72, 8, 1 << 5);
     assert_eq!(check(&d, Fix::All).unwrap_err().kind(), ErrorKind::Unsupported);
 }
