@@ -176,7 +176,11 @@ async fn image(file: &std::sync::Arc<Child>, options: Value) -> std::sync::Arc<C
         node_name: "disk".into(),
         options,
         common: Common { discard: Discard::Unmap, ..Common::default() },
-        children: vec![file.clone(), Child::new("disk.backing", None)],
+        children: vec![
+            file.clone(),
+            Child::new("disk.backing", None),
+            Child::new("disk.data-file", None),
+        ],
     };
     let driver = (QCOW2.open)(args).await.unwrap().driver;
     let used = Perm::CONSISTENT_READ | Perm::WRITE;
@@ -363,6 +367,33 @@ fn a_slice_that_is_exchanged_is_noticed() {
         };
         for id in [8, 9, 7, 10, 8] {
             put(&cache, id);
+        }
+        reader.join().unwrap();
+    });
+}
+
+#[test]
+fn a_pair_of_words_is_seen_as_it_was_put() {
+    use shuttle::sync::atomic::Ordering::Release;
+    explore(|| {
+        let cache = Arc::new(TableCache::new(2, 32));
+        if let Reserve::Place(p) = cache.reserve(1) {
+            p.fill(std::iter::repeat(0), false, false);
+        }
+        let reader = {
+            let cache = cache.clone();
+            thread::spawn(move || {
+                for _ in 0..3 {
+                    let pair = cache.get(1).and_then(|f| f.pair(0));
+                    assert!(pair.is_none_or(|(a, b)| a == b), "{pair:?}");
+                }
+            })
+        };
+        for n in [1, 2, 1, 0] {
+            cache.update(1, |w| {
+                w[1].store(n, Release);
+                w[0].store(n, Release);
+            });
         }
         reader.join().unwrap();
     });

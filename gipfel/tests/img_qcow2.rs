@@ -17,8 +17,9 @@ fn have() -> bool {
 fn scribble(rng: &mut Rng, format: &str, image: &str) {
     let commands: Vec<_> = (0..rng.between(2, 12))
         .map(|_| {
+            let unit = *rng.pick(&[1024, 4096]);
             let at = rng.below(DISK / 4096) * 4096;
-            let len = (rng.between(1, 60) * 4096).min(DISK - at);
+            let len = (rng.between(1, 60) * unit).min(DISK - at);
             match rng.below(5) {
                 0 => format!("write -z {at} {len}"),
                 1 => format!("write -z -u {at} {len}"),
@@ -39,7 +40,9 @@ fn chain(rng: &mut Rng, s: &Scratch, name: &str) -> String {
         let format = if raw { "raw" } else { "qcow2" };
         let cluster = *rng.pick(&["4k", "64k", "256k"]);
         let compat = *rng.pick(&["compat=v2", "compat=v3"]);
-        let options = format!("cluster_size={cluster},{compat}");
+        let extended = compat == "compat=v3" && cluster != "4k" && rng.one_in(2);
+        let more = if extended { ",extended_l2=on" } else { "" };
+        let options = format!("cluster_size={cluster},{compat}{more}");
         let size = DISK.to_string();
         let mut args = vec!["create", "-q", "-f", format];
         if !raw {
@@ -144,7 +147,7 @@ fn new_images_are_those_of_the_reference() {
     let s = Scratch::new("img-qcow2-new");
     let base = s.arg("base");
     tools::qemu_img(&["create", "-q", "-f", "qcow2", &base, "3M"]);
-    let image = s.arg("image");
+    let (image, data) = (s.arg("image"), s.arg("data"));
     for args in [
         &["IMAGE", "64M"][..],
         &["-o", "size=1000", "IMAGE"],
@@ -154,6 +157,18 @@ fn new_images_are_those_of_the_reference() {
         &["-o", "preallocation=metadata,compat=1.1", "IMAGE", "5M"],
         &["-o", "preallocation=falloc,extended_l2=off", "IMAGE", "5M"],
         &["-o", "preallocation=full,nocow=on", "IMAGE", "1M"],
+        &["-o", "extended_l2=on", "IMAGE", "1G"],
+        &["-o", "extended_l2=on,cluster_size=2M,preallocation=metadata", "IMAGE", "5M"],
+        &["-o", "extended_l2=on,preallocation=falloc", "-b", "base", "-F", "qcow2", "IMAGE"],
+        &["-o", "extended_l2=on,cluster_size=8k", "IMAGE", "1G"],
+        &["-o", "extended_l2=on,compat=0.10", "IMAGE", "1G"],
+        &["-o", "data_file=DATA", "IMAGE", "5M"],
+        &["-o", "data_file=DATA,extended_l2=on,preallocation=full", "IMAGE", "1M"],
+        &["-o", "data_file=DATA,data_file_raw=on", "IMAGE", "5M"],
+        &["-o", "data_file=DATA", "-b", "base", "-F", "qcow2", "IMAGE"],
+        &["-o", "data_file=DATA,data_file_raw=on", "-b", "base", "-F", "qcow2", "IMAGE"],
+        &["-o", "data_file_raw=on", "IMAGE", "1M"],
+        &["-o", "data_file=DATA,compat=0.10", "IMAGE", "1M"],
         &["-b", "base", "-F", "qcow2", "IMAGE"],
         &["-b", "base", "-F", "qcow2", "IMAGE", "10M"],
         &["-o", "backing_file=base,backing_fmt=qcow2", "IMAGE"],
@@ -174,8 +189,9 @@ fn new_images_are_those_of_the_reference() {
         let args: Vec<_> = ["create", "-f", "qcow2"]
             .iter()
             .chain(args)
-            .map(|a| if *a == "IMAGE" { image.as_str() } else { a })
+            .map(|a| if *a == "IMAGE" { image.clone() } else { a.replace("DATA", &data) })
             .collect();
+        let args: Vec<_> = args.iter().map(String::as_str).collect();
         let made = |run: &dyn Fn(&[&str]) -> std::process::Output| {
             let _ = std::fs::remove_file(&image);
             let out = run(&args);
@@ -193,6 +209,43 @@ fn new_images_are_those_of_the_reference() {
         let ours = made(&gipfel);
         let theirs = made(&|a| tools::try_run("qemu-img", a));
         assert_eq!((ours.0, &ours.1, &ours.2), (theirs.0, &theirs.1, &theirs.2), "{}", ours.3);
+    }
+}
+
+#[test]
+fn data_lie_in_a_file_of_their_own() {
+    if !have() {
+        return;
+    }
+    let mut rng = Rng::from_env();
+    let s = Scratch::new("img-qcow2-data");
+    let (source, image, data) = (s.arg("source"), s.arg("image"), s.arg("data"));
+    tools::qemu_img(&["create", "-q", "-f", "raw", &source, &DISK.to_string()]);
+    scribble(&mut rng, "raw", &source);
+    for raw in ["off", "on"] {
+        let options = format!("data_file={data},data_file_raw={raw}");
+        let out = gipfel(&["convert", "-O", "qcow2", "-o", &options, &source, &image]);
+        assert_eq!(code(&out), 0, "{}", stderr(&out));
+        tools::qcow2_is_clean(&image);
+        tools::same_content("raw", &source, "qcow2", &image);
+        if raw == "on" {
+            tools::same_content("raw", &source, "raw", &data);
+        }
+        scribble(&mut rng, "qcow2", &image);
+        for args in [&["info"][..], &["info", "--output=json"], &["check", "--output=json"]] {
+            alike(&[args, &[&image]].concat());
+        }
+        let args = ["map", "--output=json", &image];
+        assert_eq!(extents(&stdout(&gipfel(&args))), extents(&tools::qemu_img(&args)));
+        let back = s.arg("back");
+        let out = gipfel(&["convert", "-O", "raw", &image, &back]);
+        assert_eq!(code(&out), 0, "{}", stderr(&out));
+        tools::same_content("qcow2", &image, "raw", &back);
+        // Looking at an image opens nothing that it names.
+        std::fs::remove_file(&data).unwrap();
+        assert_eq!(code(&gipfel(&["info", &image])), 0);
+        let out = gipfel(&["map", &image]);
+        assert!(code(&out) == 1 && stderr(&out).contains("data"), "{}", stderr(&out));
     }
 }
 
@@ -224,7 +277,8 @@ fn copies_show_the_same_bytes() {
             tools::qemu_img(&["create", "-q", "-f", format, &target, &DISK.to_string()]);
             tools::qemu_io(format, &target, &[&format!("write -P 77 0 {DISK}")]);
         } else if format == "qcow2" && rng.one_in(2) {
-            args.extend(["-o", *rng.pick(&["cluster_size=4k", "compat=v2", "lazy_refcounts=on"])]);
+            let options = ["cluster_size=4k", "compat=v2", "lazy_refcounts=on", "extended_l2=on"];
+            args.extend(["-o", *rng.pick(&options)]);
         }
         args.extend([source.as_str(), &target]);
         let out = gipfel(&args);

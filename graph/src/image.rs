@@ -40,8 +40,9 @@ const ORDER: [&str; 12] = [
 
 impl Graph {
     /// Makes the image that the file name `name` means. `options` are those of
-    /// BlockdevCreateOptions, `driver` and `size` included and the child `file` left out;
-    /// `hints` are further ones for making the file itself.
+    /// BlockdevCreateOptions, `driver` and `size` included and the child `file` left out; the name
+    /// of another child (`data-file`) is that of a file, which is made too. `hints` are further
+    /// ones for making the file itself.
     ///
     /// An image that is there already is overwritten, unless it is in use. What was made new is
     /// removed again where the image cannot be made.
@@ -54,7 +55,7 @@ impl Graph {
         let mut options = options;
         let driver = options.remove("driver");
         let def = self.registry.get(driver.as_ref().and_then(Value::as_str).unwrap_or_default())?;
-        let mut node = filename::options(name, self.registry.file_protocol)?;
+        let node = filename::options(name, self.registry.file_protocol)?;
         let protocol = node.get("driver").and_then(Value::as_str).unwrap_or_default();
         let protocol = self.registry.get(protocol)?;
         let path = node.get("filename").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -69,27 +70,43 @@ impl Graph {
             return Err(Error::invalid(format!("'{}' is a filter, no image format", def.name)));
         }
         let (create, create_file) = (creator(def)?, creator(protocol)?);
-        let is_new = match File::open(Path::new(&path), OpenOptions::default()).await {
-            Err(e) if e.kind() == ErrorKind::NotFound => true,
-            f => f.map(|_| false)?,
-        };
-        if is_new {
-            let mut file = hints;
-            file.insert("filename".into(), json!(path));
-            file.insert("size".into(), json!(0));
-            let args = CreateArgs { options: Value::Object(file), children: Vec::new() };
-            create_file(args).await?;
+        let mut files = vec![("file", path, node)];
+        for spec in def.children.iter().filter(|c| c.name != "file") {
+            let Some(v) = options.remove(spec.name) else { continue };
+            let name = v.as_str().unwrap_or_default();
+            let node = filename::options(name, self.registry.file_protocol)?;
+            let path = node.get("filename").and_then(Value::as_str).unwrap_or_default().to_owned();
+            if node.get("driver").and_then(Value::as_str) != Some(protocol.name) {
+                let text = format!("'{}' must be a file: '{name}' is none", spec.name);
+                return Err(Error::unsupported(text));
+            }
+            files.push((spec.name, path, node));
         }
-        node.insert("discard".into(), json!("unmap"));
+        let mut new = Vec::new();
         let made = async {
-            let (tree, edge) = self.open_alone(node, true).await?;
-            let children = vec![("file".to_owned(), edge)];
-            let made = create(CreateArgs { options: Value::Object(options), children }).await;
-            made.and(tree.live().driver().close().await)
+            for (_, path, _) in &files {
+                if make_file(create_file, path, &hints).await? {
+                    new.push(path.clone());
+                }
+            }
+            let (mut trees, mut children) = (Vec::new(), Vec::new());
+            for (child, _, mut node) in files {
+                node.insert("discard".into(), json!("unmap"));
+                let (tree, edge) = self.open_alone(node, true).await?;
+                trees.push(tree);
+                children.push((child.to_owned(), edge));
+            }
+            let mut made = create(CreateArgs { options: Value::Object(options), children }).await;
+            for tree in trees {
+                made = made.and(tree.live().driver().close().await);
+            }
+            made
         };
         let made = made.await;
-        if made.is_err() && is_new {
-            remove_file(&path).await;
+        if made.is_err() {
+            for path in new {
+                remove_file(&path).await;
+            }
         }
         made
     }
@@ -164,6 +181,19 @@ impl Graph {
         }
         Ok(files)
     }
+}
+
+/// Makes the file `path`, unless it is there; says whether it was made.
+async fn make_file(create: Create, path: &str, hints: &Map<String, Value>) -> Result<bool> {
+    match File::open(Path::new(path), OpenOptions::default()).await {
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        f => return f.map(|_| false),
+    }
+    let mut file = hints.clone();
+    file.insert("filename".into(), json!(path));
+    file.insert("size".into(), json!(0));
+    create(CreateArgs { options: Value::Object(file), children: Vec::new() }).await?;
+    Ok(true)
 }
 
 type Create = fn(CreateArgs) -> IoFuture<'static>;

@@ -189,7 +189,7 @@ impl Graph {
                 let mut below = below.clone();
                 below.chain.extend(image.clone());
                 let tree = self
-                    .open_implicit(model, names, &i, image.as_deref(), below)
+                    .open_implicit(model, names, (&i, children[at].0.role), image.as_deref(), below)
                     .await
                     .at(|| format!("{} of node '{name}'", i.child))?;
                 children[at].1.drain().await.replace(Some(tree.live.clone()));
@@ -233,10 +233,16 @@ impl Graph {
         self: &Rc<Self>,
         model: &mut Model,
         names: &mut BTreeSet<String>,
-        i: &Implicit,
+        (i, role): (&Implicit, Role),
         image: Option<&str>,
         mut below: Inherit,
     ) -> Result<Tree> {
+        if role == Role::Data {
+            // Plain bytes, never looked at for a format; a name is relative to where the process
+            // is, as the reference has it.
+            let options = filename::options(&i.filename, self.registry.file_protocol)?;
+            return self.open_node(model, names, options, below).await;
+        }
         let name = filename::relative_to(image, &i.filename);
         if below.chain.contains(&name) {
             return Err(Error::corrupt(format!(

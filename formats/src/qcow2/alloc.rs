@@ -88,16 +88,22 @@ impl Qcow2 {
         Ok(freed)
     }
 
-    /// Notes that an entry let go of its host clusters. They can be used again after a flush.
-    pub(super) fn let_go(&self, old: Cluster, discard: bool) {
+    /// Notes that an entry let go of its host clusters. They can be used again after a flush. What
+    /// lies in a data file only goes back to the file system, if it does; the caller holds the
+    /// guest clusters.
+    pub(super) async fn let_go(&self, old: Cluster, discard: bool) {
         let (host, len) = match old {
-            Cluster::Data { host, .. } | Cluster::Zero { host: Some((host, _)) } => {
-                (host, self.g.cluster_size())
-            }
             Cluster::Compressed { host, len } => (host, len),
-            Cluster::Unallocated | Cluster::Zero { host: None } | Cluster::Bad => return,
+            other => match other.host() {
+                Some((host, _)) => (host, self.g.cluster_size()),
+                None => return,
+            },
         };
-        self.let_go_bytes(host, len, discard);
+        if !self.g.data_file {
+            self.let_go_bytes(host, len, discard);
+        } else if discard && self.flags.pass_discard.load(Ordering::Relaxed) {
+            self.discard_data(ByteRange::new(host, len)).await;
+        }
     }
 
     /// The same for the clusters that `len` bytes at `host` touch.
@@ -138,10 +144,17 @@ impl Qcow2 {
         // Other references keep what they refer to. (Punching is advice: failing is no harm.)
         if self.are_last_references(p).await.unwrap_or(false)
             && let Some(r) = ByteRange::checked(p.first << bits, p.count << bits)
-            && let Ok(size) = self.file().size().await
-            && let Some(r) = r.intersect(ByteRange::new(0, size))
         {
-            let _ = self.file().discard(r).await;
+            self.discard_data(r).await;
+        }
+    }
+
+    /// Gives the space of a part of the file where data lie back to the file system, if it can.
+    pub(super) async fn discard_data(&self, range: ByteRange) {
+        if let Ok(size) = self.data().size().await
+            && let Some(r) = range.intersect(ByteRange::new(0, size))
+        {
+            let _ = self.data().discard(r).await;
         }
     }
 

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::Qcow2;
-use super::entry::Cluster;
+use super::entry::{Cluster, Entry};
 use super::header::{Compression, Header, LAZY_REFCOUNTS};
 use super::lookup::What;
 
@@ -89,6 +89,11 @@ fn check_v2(h: &mut Header) -> Result<()> {
 impl Qcow2 {
     /// Lets the image name another backing file, or none.
     pub(super) async fn change_backing(&self, backing: Option<BackingName>) -> Result<()> {
+        if backing.is_some() && self.is_raw() {
+            return Err(Error::invalid(
+                "the data file is a raw image by itself, which cannot show a backing file",
+            ));
+        }
         // A flush may move tables, of which the header tells.
         self.flush_all().await?;
         let mut new = self.header().clone();
@@ -132,7 +137,7 @@ impl Qcow2 {
         let size = self.header().size;
         if !has_backing {
             let all = ByteRange::new(0, size);
-            let unflagged = |old| (old == Cluster::Zero { host: None }).then_some(0);
+            let unflagged = |old| (old == Cluster::Zero { host: None }).then_some(Entry::default());
             self.each_piece(all, false, unflagged).await?;
         }
         let mut left = ByteRange::new(0, size);

@@ -21,6 +21,8 @@ const ID_MASK: u64 = (1 << 40) - 1;
 
 struct Slot {
     tag: AtomicU64,
+    /// Odd while words are being changed, and another one after that.
+    changes: AtomicU64,
     /// Looked at since the last search for room.
     used: AtomicBool,
     /// An entry in it contradicts the image: it is looked at closely each time.
@@ -136,6 +138,17 @@ impl Found<'_> {
         (self.slot.tag.load(Ordering::Acquire) == self.tag).then_some(w)
     }
 
+    /// Words `index` and the next one as they stood there together, unless they were being changed
+    /// or the slice has gone meanwhile.
+    pub fn pair(&self, index: usize) -> Option<(u64, u64)> {
+        let changes = self.slot.changes.load(Ordering::Acquire);
+        let pair = (self.word(index)?, self.word(index + 1)?);
+        // As with the tag: a word that was stored meanwhile was read with Acquire, and makes
+        // visible that the count had become another one before.
+        let same = self.slot.changes.load(Ordering::Acquire) == changes;
+        (changes.is_multiple_of(2) && same).then_some(pair)
+    }
+
     /// Whether an entry of it contradicts the image.
     pub fn is_suspect(&self) -> bool {
         self.slot.suspect.load(Ordering::Acquire)
@@ -151,6 +164,7 @@ impl TableCache {
         let count = count / ways * ways;
         let slot = || Slot {
             tag: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
             used: AtomicBool::new(false),
             suspect: AtomicBool::new(false),
             words: OnceLock::new(),
@@ -208,7 +222,11 @@ impl TableCache {
     pub fn update<R>(&self, id: u64, f: impl FnOnce(&[AtomicU64]) -> R) -> Option<R> {
         let mut d = self.directory();
         let slot = self.find(id)?;
-        let r = f(self.slots[slot].words.get()?);
+        let s = &self.slots[slot];
+        let words = s.words.get()?;
+        s.changes.fetch_add(1, Ordering::AcqRel);
+        let r = f(words);
+        s.changes.fetch_add(1, Ordering::AcqRel);
         if !d.states[slot].dirty {
             d.states[slot].dirty = true;
             d.dirty.push(slot);
@@ -357,6 +375,21 @@ mod tests {
         assert_eq!((d.slices().len(), d.slices()[0].words[0]), (1, 22));
         drop(d);
         assert_eq!(c.take_dirty(1).slices().len(), 1, "what was not written is dirty again");
+    }
+
+    #[test]
+    fn a_pair_is_read_whole_or_not() {
+        let c = TableCache::new(4, 2 * 32);
+        assert!(put(&c, 1, 5));
+        let found = c.get(1).unwrap();
+        assert_eq!(found.pair(2), Some((5, 5)));
+        c.update(1, |w| {
+            w[2].store(6, Ordering::Release);
+            assert_eq!(found.pair(2), None, "it is being changed");
+            w[3].store(7, Ordering::Release);
+        })
+        .unwrap();
+        assert_eq!(found.pair(2), Some((6, 7)));
     }
 
     #[test]

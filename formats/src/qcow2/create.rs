@@ -11,8 +11,10 @@ use gipfel_node::{Child, CreateArgs, ImageSize, Preallocation, WriteFlags, ZeroF
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
-use super::header::{COMPRESSION, Compression, Header, LAZY_REFCOUNTS};
+use super::geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, MIN_EXTENDED_BITS};
+use super::header::{
+    COMPRESSION, Compression, DATA_FILE, EXTENDED_L2, Header, LAZY_REFCOUNTS, RAW_DATA_FILE,
+};
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -78,7 +80,7 @@ impl Layout {
 }
 
 impl Options {
-    fn geometry(&self) -> Result<Geometry> {
+    fn geometry(&self, data_file: bool) -> Result<Geometry> {
         let bits = self.cluster_size.trailing_zeros();
         if !self.cluster_size.is_power_of_two()
             || !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits)
@@ -96,11 +98,27 @@ impl Options {
                 self.refcount_bits
             )));
         }
+        if self.extended_l2 && bits < MIN_EXTENDED_BITS {
+            return Err(Error::invalid(format!(
+                "extended L2 entries need clusters of at least {} bytes, not {}",
+                1 << MIN_EXTENDED_BITS,
+                self.cluster_size
+            )));
+        }
         let refcount_order = self.refcount_bits.trailing_zeros();
-        Ok(Geometry { cluster_bits: bits, refcount_order })
+        let g = Geometry::new(bits, refcount_order);
+        Ok(Geometry { extended_l2: self.extended_l2, data_file, ..g })
     }
 
     fn check(&self, g: Geometry) -> Result<u32> {
+        if self.data_file_raw && !g.data_file {
+            return Err(Error::invalid("'data-file-raw' is given without 'data-file'"));
+        }
+        if self.data_file_raw && self.backing_file.is_some() {
+            return Err(Error::invalid(
+                "a data file that is raw by itself cannot show a backing file: leave one out",
+            ));
+        }
         let version = match self.version.as_deref() {
             None | Some("v3") => 3,
             Some("v2") => 2,
@@ -114,8 +132,6 @@ impl Options {
             }
             false => Ok(()),
         };
-        refuse("option 'extended-l2'", self.extended_l2)?;
-        refuse("option 'data-file-raw'", self.data_file_raw)?;
         refuse("option 'encrypt'", self.encrypt.is_some())?;
         if !self.size.is_multiple_of(512) {
             return Err(Error::invalid(format!("size {} is not a multiple of 512", self.size)));
@@ -124,6 +140,8 @@ impl Options {
             let needs_v3 = [
                 ("lazy refcounts", self.lazy_refcounts),
                 ("a refcount width other than 16", g.refcount_order != 4),
+                ("extended L2 entries", g.extended_l2),
+                ("an external data file", g.data_file),
                 ("another compression than zlib", self.compression()? != Compression::Zlib),
             ];
             if let Some((what, _)) = needs_v3.iter().find(|n| n.1) {
@@ -133,9 +151,12 @@ impl Options {
         if self.backing_fmt.is_some() && self.backing_file.is_none() {
             return Err(Error::invalid("'backing-fmt' is given without 'backing-file'"));
         }
-        if self.backing_file.is_some() && self.preallocation()?.is_some() {
+        // Subclusters show the backing file while none of a cluster is allocated.
+        let hides = self.preallocation()?.is_some() && !g.extended_l2;
+        if self.backing_file.is_some() && hides {
             return Err(Error::invalid(
-                "a preallocated image would hide its backing file: leave one of them out",
+                "a preallocated image would hide its backing file: leave one of them out, or use \
+                 extended L2 entries",
             ));
         }
         g.check_size(self.size)?;
@@ -152,6 +173,8 @@ impl Options {
 
     fn preallocation(&self) -> Result<Option<Preallocation>> {
         match self.preallocation.as_deref() {
+            // Whoever reads a raw data file alone sees what is not allocated too.
+            None | Some("off") if self.data_file_raw => Ok(Some(Preallocation::Metadata)),
             None | Some("off") => Ok(None),
             Some("metadata") => Ok(Some(Preallocation::Metadata)),
             Some("falloc") => Ok(Some(Preallocation::Falloc)),
@@ -166,20 +189,21 @@ impl Options {
 pub(super) async fn create(args: CreateArgs) -> Result<()> {
     let o: Options = serde_json::from_value(args.options)
         .map_err(|e| Error::invalid(format!("options to create a qcow2 image: {e}")))?;
-    let g = o.geometry()?;
-    let version = o.check(g)?;
-    let mut file = None;
+    let (mut file, mut data) = (None, None);
     for (name, child) in args.children {
         match name.as_str() {
             "file" => file = Some(child),
-            _ => {
-                return Err(Error::unsupported(format!(
-                    "'{name}' is not offered by this version of gipfel"
-                )));
-            }
+            "data-file" => data = Some(child),
+            _ => return Err(Error::invalid(format!("a new image has no child '{name}'"))),
         }
     }
     let file = file.ok_or_else(|| Error::invalid("option 'file' is missing"))?;
+    let g = o.geometry(data.is_some())?;
+    let version = o.check(g)?;
+    let data_name = match &data {
+        Some(d) => make_data_file(d, o.size).await?,
+        None => None,
+    };
     let prealloc = o.preallocation()?;
     let compression = o.compression()?;
     let l1_entries = g.l1_entries(o.size);
@@ -195,12 +219,15 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
         reftable_clusters: layout.reftable as u32,
         snapshots: 0,
         snapshots_offset: 0,
-        incompatible: if compression == Compression::Zstd { COMPRESSION } else { 0 },
+        incompatible: if compression == Compression::Zstd { COMPRESSION } else { 0 }
+            | if g.extended_l2 { EXTENDED_L2 } else { 0 }
+            | if g.data_file { DATA_FILE } else { 0 },
         compatible: if o.lazy_refcounts { LAZY_REFCOUNTS } else { 0 },
-        autoclear: 0,
+        autoclear: if o.data_file_raw { RAW_DATA_FILE } else { 0 },
         compression,
         backing: o.backing_file,
         backing_format: o.backing_fmt,
+        data_file: data_name,
         extensions: Vec::new(),
         unknown_fields: Vec::new(),
     };
@@ -211,7 +238,10 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
     file.flush().await?;
     match prealloc {
         None => Ok(()),
-        Some(how) => preallocate(file, o.size, how).await,
+        Some(how) => {
+            let data = data.unwrap_or_else(|| Child::new("new.data-file", None));
+            preallocate(file, data, o.size, how).await
+        }
     }
 }
 
@@ -219,7 +249,7 @@ pub(super) async fn create(args: CreateArgs) -> Result<()> {
 pub fn measure(options: Value) -> Result<ImageSize> {
     let o: Options = serde_json::from_value(options)
         .map_err(|e| Error::invalid(format!("options to create a qcow2 image: {e}")))?;
-    let g = o.geometry()?;
+    let g = o.geometry(false)?;
     o.check(g)?;
     let data = g.clusters(o.size);
     let tables = data.div_ceil(g.l2_entries());
@@ -231,6 +261,18 @@ pub fn measure(options: Value) -> Result<ImageSize> {
         unit: g.cluster_size(),
         whole: ready,
     })
+}
+
+/// Empties the data file and gives it its length; gives its name for the header.
+async fn make_data_file(data: &Child, size: u64) -> Result<Option<String>> {
+    let none = || Error::new(ErrorKind::NoMedium, "'data-file' has no node");
+    let node = data.node().await.ok_or_else(none)?;
+    node.driver().resize(0).await?;
+    node.driver().resize(size).await?;
+    if !node.driver().reads_zero_when_new() && size > 0 {
+        data.write_zeroes(ByteRange::new(0, size), ZeroFlags::default()).await?;
+    }
+    Ok(node.driver().info().await?.filename)
 }
 
 /// Empties the file and writes all but the header.
@@ -261,8 +303,13 @@ async fn write_tables(file: &Arc<Child>, g: Geometry, layout: &Layout) -> Result
 }
 
 /// Gives every guest cluster of the new image its host cluster.
-async fn preallocate(file: Arc<Child>, size: u64, how: Preallocation) -> Result<()> {
-    let image = super::open::open_new(file).await?;
+async fn preallocate(
+    file: Arc<Child>,
+    data: Arc<Child>,
+    size: u64,
+    how: Preallocation,
+) -> Result<()> {
+    let image = super::open::open_new(file, data).await?;
     image.preallocate(ByteRange::new(0, size), how).await?;
     image.close_image().await
 }
@@ -273,15 +320,15 @@ mod tests {
 
     #[test]
     fn layouts_count_themselves() {
-        let g = Geometry { cluster_bits: 16, refcount_order: 4 };
+        let g = Geometry::new(16, 4);
         assert_eq!(Layout::new(g, 2), Layout { reftable: 1, blocks: 1, l1: 1 });
         for (cluster_bits, refcount_order, entries) in
             [(9, 6, 4 << 20), (9, 0, 100_000), (21, 6, 1)]
         {
-            let g = Geometry { cluster_bits, refcount_order };
+            let g = Geometry::new(cluster_bits, refcount_order);
             let l = Layout::new(g, entries);
             assert!(l.blocks * g.block_entries() >= l.total());
-            assert!(l.reftable * g.l2_entries() >= l.blocks);
+            assert!(l.reftable * g.cluster_words() >= l.blocks);
         }
     }
 }

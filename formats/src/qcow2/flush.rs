@@ -81,7 +81,7 @@ impl Qcow2 {
             && self.refcounts().pending() == 0
         {
             self.event(DebugEvent::FlushToDisk).await;
-            return self.file().flush().await;
+            return self.sync().await;
         }
         let ticket = f.asked.fetch_add(1, Ordering::SeqCst) + 1;
         let mut turn = f.turn.lock().await;
@@ -93,6 +93,15 @@ impl Qcow2 {
         self.write_back(&mut turn).await?;
         turn.done = covered;
         Ok(())
+    }
+
+    /// Makes all that was written durable, data first.
+    async fn sync(&self) -> Result<()> {
+        // Of an image that is only looked at, the data file may be missing.
+        if self.g.data_file && self.data().node().await.is_some() {
+            self.data().flush().await?;
+        }
+        self.file().flush().await
     }
 
     async fn write_back(&self, turn: &mut Turn) -> Result<()> {
@@ -111,7 +120,7 @@ impl Qcow2 {
         }
         let writes = self.flushing.writes.load(Ordering::SeqCst);
         self.event(DebugEvent::FlushToDisk).await;
-        self.file().flush().await?;
+        self.sync().await?;
         turn.writes = writes;
         self.flushing.clean.fetch_max(upto, Ordering::SeqCst);
         self.give_back(upto).await?;
@@ -136,7 +145,7 @@ impl Qcow2 {
         let new_blocks = !blocks.is_empty();
         let writes = self.flushing.writes.load(Ordering::SeqCst);
         if (relies || new_blocks) && writes != turn.writes {
-            self.file().flush().await?;
+            self.sync().await?;
             turn.writes = writes;
         }
         self.write_refcount_table(blocks).await?;
@@ -240,7 +249,7 @@ impl Qcow2 {
         loop {
             // The new place may need blocks of its own, and the table room for them.
             let len = self.refcounts().table.len() as u64;
-            if place.count * self.g.l2_entries() >= len {
+            if place.count * self.g.cluster_words() >= len {
                 break;
             }
             if place.count > 0 {

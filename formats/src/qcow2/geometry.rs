@@ -6,12 +6,18 @@ use gipfel_base::{Error, Result};
 pub const MIN_CLUSTER_BITS: u32 = 9;
 /// Largest cluster, in bits: 2 MiB, the limit of all known implementations.
 pub const MAX_CLUSTER_BITS: u32 = 21;
+/// Smallest cluster with extended L2 entries, in bits (the same place).
+pub const MIN_EXTENDED_BITS: u32 = 14;
 /// Largest L1 table, in bytes (the same note in the spec).
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table, in bytes.
 pub const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Host offsets have 56 bits (spec, L1 and L2 table entries).
 pub const MAX_HOST_OFFSET: u64 = 1 << 56;
+
+/// Subclusters of a cluster, with extended L2 entries, as a power of two (spec, Extended L2
+/// Entries).
+const SUBCLUSTER_BITS: u32 = 5;
 
 /// The sizes of an image. Plain arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,9 +26,18 @@ pub struct Geometry {
     pub cluster_bits: u32,
     /// Width of a refcount in bits, as a power of two (0 to 6).
     pub refcount_order: u32,
+    /// Whether L2 entries are extended by a bitmap of subclusters.
+    pub extended_l2: bool,
+    /// Whether data lie in a file of their own, each cluster where the disk has it.
+    pub data_file: bool,
 }
 
 impl Geometry {
+    /// Sizes with standard L2 entries and without a data file.
+    pub const fn new(cluster_bits: u32, refcount_order: u32) -> Geometry {
+        Geometry { cluster_bits, refcount_order, extended_l2: false, data_file: false }
+    }
+
     /// Cluster size in bytes.
     pub fn cluster_size(self) -> u64 {
         1 << self.cluster_bits
@@ -43,9 +58,30 @@ impl Geometry {
         bytes.div_ceil(self.cluster_size())
     }
 
+    /// Words of 64 bits in a cluster.
+    pub fn cluster_words(self) -> u64 {
+        self.cluster_size() / 8
+    }
+
+    /// Words of 64 bits in an L2 entry.
+    pub fn entry_words(self) -> usize {
+        1 << u32::from(self.extended_l2)
+    }
+
     /// Entries of an L2 table.
     pub fn l2_entries(self) -> u64 {
-        self.cluster_size() / 8
+        self.cluster_words() / self.entry_words() as u64
+    }
+
+    /// Size of what is allocated on its own within a cluster, as a power of two: a subcluster, or
+    /// the cluster where L2 entries are not extended.
+    pub fn subcluster_bits(self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { SUBCLUSTER_BITS } else { 0 }
+    }
+
+    /// The same size in bytes.
+    pub fn subcluster_size(self) -> u64 {
+        1 << self.subcluster_bits()
     }
 
     /// Bytes of the disk that one L1 entry stands for.
@@ -132,7 +168,7 @@ mod tests {
     #[test]
     fn refcounts_of_every_width() {
         for order in 0..=6 {
-            let g = Geometry { cluster_bits: 9, refcount_order: order };
+            let g = Geometry::new(9, order);
             let mut block = vec![0; 512];
             for i in 0..g.block_entries() {
                 g.set_refcount(&mut block, i, i.wrapping_mul(0x9e37_79b9) & g.max_refcount());
@@ -142,7 +178,7 @@ mod tests {
                 assert_eq!(g.refcount(&block, i), want, "order {order}, entry {i}");
             }
         }
-        let one_bit = Geometry { cluster_bits: 16, refcount_order: 0 };
+        let one_bit = Geometry::new(16, 0);
         let mut block = [0; 2];
         one_bit.set_refcount(&mut block, 9, 1);
         assert_eq!(block, [0, 2]);
@@ -150,11 +186,14 @@ mod tests {
 
     #[test]
     fn sizes() {
-        let g = Geometry { cluster_bits: 16, refcount_order: 4 };
+        let g = Geometry::new(16, 4);
         assert_eq!((g.l2_entries(), g.l1_reach(), g.block_entries()), (8192, 512 << 20, 32768));
         assert_eq!(g.l1_entries((512 << 20) + 1), 2);
         assert!(g.check_size(1 << 50).is_ok() && g.check_size(1 << 60).is_err());
-        let small = Geometry { cluster_bits: 9, refcount_order: 4 };
+        let small = Geometry::new(9, 4);
         assert_eq!(small.max_size(), 128 << 30);
+        let extended = Geometry { extended_l2: true, ..g };
+        assert_eq!((extended.l2_entries(), extended.subcluster_size()), (4096, 2048));
+        assert_eq!(extended.max_size(), g.max_size() / 2);
     }
 }

@@ -4,7 +4,8 @@
 use gipfel_base::{Error, Result};
 
 use super::geometry::{
-    Geometry, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS,
+    Geometry, MAX_CLUSTER_BITS, MAX_HOST_OFFSET, MAX_L1_BYTES, MAX_REFTABLE_BYTES,
+    MIN_CLUSTER_BITS, MIN_EXTENDED_BITS,
 };
 
 /// The first four bytes of an image.
@@ -27,17 +28,22 @@ pub const DIRTY: u64 = 1;
 /// Incompatible feature: structures may be wrong; not to be written.
 pub const CORRUPT: u64 = 1 << 1;
 /// Incompatible feature: data lie in another file.
-const DATA_FILE: u64 = 1 << 2;
+pub const DATA_FILE: u64 = 1 << 2;
 /// Incompatible feature: another compression than deflate.
 pub const COMPRESSION: u64 = 1 << 3;
 /// Incompatible feature: L2 entries with subclusters.
-const EXTENDED_L2: u64 = 1 << 4;
+pub const EXTENDED_L2: u64 = 1 << 4;
+/// Autoclear feature: the bitmaps extension is consistent.
+pub const BITMAPS: u64 = 1;
+/// Autoclear feature: the external data file is a raw image by itself.
+pub const RAW_DATA_FILE: u64 = 2;
 /// Compatible feature: refcounts are updated late, under the dirty bit.
 pub const LAZY_REFCOUNTS: u64 = 1;
 
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// How clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +106,8 @@ pub struct Header {
     pub backing: Option<String>,
     /// Its format.
     pub backing_format: Option<String>,
+    /// The external data file's name.
+    pub data_file: Option<String>,
     /// Other extensions, in order.
     pub extensions: Vec<Extension>,
     /// Fields behind those we know, kept as they are.
@@ -116,6 +124,10 @@ fn be64(b: &[u8], at: usize) -> u64 {
 
 fn bad(what: impl Into<String>) -> Error {
     Error::corrupt(what)
+}
+
+fn text(bytes: &[u8], what: &str) -> Result<String> {
+    String::from_utf8(bytes.to_vec()).map_err(|_| bad(format!("{what} is not valid UTF-8")))
 }
 
 /// The cluster size that the first bytes of an image speak of: how much [`Header::parse`] needs.
@@ -147,7 +159,7 @@ impl Header {
         }
         let mut h = Header {
             version,
-            geometry: Geometry { cluster_bits: be32(first, 20), refcount_order: 4 },
+            geometry: Geometry::new(be32(first, 20), 4),
             size: be64(first, 24),
             l1_size: be32(first, 36),
             l1_offset: be64(first, 40),
@@ -161,6 +173,7 @@ impl Header {
             compression: Compression::Zlib,
             backing: None,
             backing_format: None,
+            data_file: None,
             extensions: Vec::new(),
             unknown_fields: Vec::new(),
         };
@@ -187,6 +200,8 @@ impl Header {
         self.compatible = be64(first, 80);
         self.autoclear = be64(first, 88);
         self.geometry.refcount_order = be32(first, 96);
+        self.geometry.extended_l2 = self.incompatible & EXTENDED_L2 != 0;
+        self.geometry.data_file = self.incompatible & DATA_FILE != 0;
         let length = be32(first, 100) as usize;
         if length < V3_LENGTH || !length.is_multiple_of(8) || length > first.len() {
             return Err(bad(format!(
@@ -241,10 +256,9 @@ impl Header {
             let data = &first[at..at + len];
             match kind {
                 EXT_BACKING_FORMAT => {
-                    let name = String::from_utf8(data.to_vec())
-                        .map_err(|_| bad("the backing file's format is not valid UTF-8"))?;
-                    self.backing_format = Some(name);
+                    self.backing_format = Some(text(data, "the backing file's format")?);
                 }
+                EXT_DATA_FILE => self.data_file = Some(text(data, "the data file's name")?),
                 EXT_FEATURE_NAMES => {}
                 _ => self.extensions.push(Extension { kind, data: data.to_vec() }),
             }
@@ -274,9 +288,7 @@ impl Header {
             return Ok(());
         }
         let name = &first[offset as usize..offset as usize + len];
-        let name = String::from_utf8(name.to_vec())
-            .map_err(|_| bad("the backing file's name is not valid UTF-8"))?;
-        self.backing = Some(name);
+        self.backing = Some(text(name, "the backing file's name")?);
         Ok(())
     }
 
@@ -305,6 +317,13 @@ impl Header {
         if self.reftable_clusters == 0 || self.reftable_offset == 0 {
             return Err(bad("there is no refcount table"));
         }
+        if g.extended_l2 && g.cluster_bits < MIN_EXTENDED_BITS {
+            return Err(bad(format!(
+                "extended L2 entries need clusters of at least {} bytes, but they have {}",
+                1 << MIN_EXTENDED_BITS,
+                g.cluster_size()
+            )));
+        }
         let need = g.l1_entries(self.size);
         if u64::from(self.l1_size) < need {
             return Err(bad(format!(
@@ -327,18 +346,9 @@ impl Header {
         Ok(())
     }
 
-    /// Fails for features that this version of gipfel does not offer, and for unknown ones.
+    /// Fails for features that are not known here.
     pub fn check_offered(&self) -> Result<()> {
-        let later = |what: &str| {
-            Err(Error::unsupported(format!("{what} is not offered by this version of gipfel")))
-        };
-        if self.incompatible & DATA_FILE != 0 {
-            return later("an external data file");
-        }
-        if self.incompatible & EXTENDED_L2 != 0 {
-            return later("the format with extended L2 entries");
-        }
-        let known = DIRTY | CORRUPT | COMPRESSION;
+        let known = DIRTY | CORRUPT | COMPRESSION | EXTENDED_L2 | DATA_FILE;
         let unknown = self.incompatible & !known;
         if unknown != 0 {
             return Err(Error::unsupported(format!(
@@ -404,6 +414,9 @@ impl Header {
         if let Some(f) = &self.backing_format {
             extension(EXT_BACKING_FORMAT, f.as_bytes());
         }
+        if let Some(name) = &self.data_file {
+            extension(EXT_DATA_FILE, name.as_bytes());
+        }
         if feature_names_too {
             extension(EXT_FEATURE_NAMES, &feature_names());
         }
@@ -455,7 +468,7 @@ mod tests {
     fn sample() -> Header {
         Header {
             version: 3,
-            geometry: Geometry { cluster_bits: 16, refcount_order: 4 },
+            geometry: Geometry::new(16, 4),
             size: 1 << 30,
             l1_size: 2,
             l1_offset: 3 << 16,
@@ -469,6 +482,7 @@ mod tests {
             compression: Compression::Zstd,
             backing: Some("base.img".into()),
             backing_format: Some("raw".into()),
+            data_file: Some("data.img".into()),
             extensions: vec![Extension { kind: 0x1234_5678, data: vec![1, 2, 3] }],
             unknown_fields: vec![7; 8],
         }

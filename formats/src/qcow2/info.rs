@@ -7,7 +7,7 @@ use gipfel_base::{ByteRange, Error, Result};
 use gipfel_node::{DriverInfo, Reopen, Status};
 use serde_json::{Value, json};
 
-use super::header::{CORRUPT, DIRTY, LAZY_REFCOUNTS};
+use super::header::{CORRUPT, DIRTY, LAZY_REFCOUNTS, RAW_DATA_FILE};
 use super::lookup::What;
 use super::options::Options;
 use super::{Flags, Qcow2};
@@ -46,9 +46,15 @@ impl Qcow2 {
             data["lazy-refcounts"] = json!(h.compatible & LAZY_REFCOUNTS != 0);
         }
         data["refcount-bits"] = json!(1u32 << h.geometry.refcount_order);
+        if h.geometry.data_file {
+            if let Some(name) = &h.data_file {
+                data["data-file"] = json!(name);
+            }
+            data["data-file-raw"] = json!(h.autoclear & RAW_DATA_FILE != 0);
+        }
         if h.version >= 3 {
             data["corrupt"] = json!(h.incompatible & CORRUPT != 0);
-            data["extended-l2"] = json!(false);
+            data["extended-l2"] = json!(h.geometry.extended_l2);
         }
         DriverInfo {
             filename: None,

@@ -6,7 +6,7 @@ use gipfel_node::DebugEvent;
 
 use super::Qcow2;
 use super::cache::Reserve;
-use super::entry::Cluster;
+use super::entry::{Cluster, Entry};
 
 /// The big-endian words in a buffer.
 pub(super) fn words(buf: &Buf) -> Vec<u64> {
@@ -63,11 +63,11 @@ impl Qcow2 {
             let entries = words(&buf);
             let suspect = {
                 let r = self.refcounts();
-                let good = |e: &u64| {
-                    let c = Cluster::decode(*e, self.g, self.version);
+                let good = |e| {
+                    let c = Cluster::decode(e, self.g, self.version);
                     self.check_cluster(c, end, &r.meta)
                 };
-                !entries.iter().all(good)
+                !Entry::list(self.g, &entries).all(good)
             };
             place.fill(entries.into_iter(), suspect, false);
             return Ok(());

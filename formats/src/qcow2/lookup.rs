@@ -2,11 +2,12 @@
 //! driver. It never waits, and takes no lock but the L1 table's, shared, where nothing is cached.
 
 use gipfel_base::ByteRange;
-use gipfel_base::sync::sync::atomic::Ordering;
+use gipfel_base::sync::sync::atomic::{AtomicU64, Ordering};
 use gipfel_node::Mapping;
 
 use super::Qcow2;
-use super::entry::Cluster;
+use super::cache::Found;
+use super::entry::{Cluster, Entry, Part};
 
 /// What the first bytes of a range are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +52,46 @@ impl Qcow2 {
     /// The number of the L2 slice for a guest offset, and the place of its entry there.
     pub(super) fn slice_of(&self, guest: u64) -> (u64, usize) {
         let cluster = guest >> self.g.cluster_bits;
-        let words = self.l2.words() as u64;
-        (cluster / words, (cluster % words) as usize)
+        let entries = self.slice_entries() as u64;
+        (cluster / entries, (cluster % entries) as usize)
+    }
+
+    /// The entries in `words`, which are a slice or its end.
+    pub(super) fn entries<'a>(
+        &self,
+        words: &'a [AtomicU64],
+    ) -> impl Iterator<Item = Entry> + use<'a> {
+        words.chunks_exact(self.g.entry_words()).map(|w| Entry {
+            word: w[0].load(Ordering::Acquire),
+            bitmap: w.get(1).map_or(0, |b| b.load(Ordering::Acquire)),
+        })
+    }
+
+    /// What the entry of the guest cluster at `guest` says.
+    pub(super) fn decode(&self, entry: Entry, guest: u64) -> Cluster {
+        let cluster = Cluster::decode(entry, self.g, self.version);
+        match cluster.host() {
+            // Spec, External data file bit: the offsets are those of the disk.
+            Some((host, _)) if self.g.data_file && host != guest => Cluster::Bad,
+            _ => cluster,
+        }
+    }
+
+    /// Puts an entry into the words of its place.
+    pub(super) fn put_entry(words: &[AtomicU64], entry: Entry) {
+        words[0].store(entry.word, Ordering::Release);
+        if let Some(b) = words.get(1) {
+            b.store(entry.bitmap, Ordering::Release);
+        }
+    }
+
+    /// Entry `index` of a slice, unless the slice has gone or the entry is just being changed.
+    fn entry(&self, slice: &Found<'_>, index: usize) -> Option<Entry> {
+        if self.g.extended_l2 {
+            let (word, bitmap) = slice.pair(2 * index)?;
+            return Some(Entry { word, bitmap });
+        }
+        Some(Entry { word: slice.word(index)?, bitmap: 0 })
     }
 
     /// What the first bytes of `range` are. With `closely`, entries of suspect slices are checked
@@ -89,31 +128,63 @@ impl Qcow2 {
         if suspect && !closely {
             return whole(What::Suspect);
         }
-        let kind = |index: usize, skip: u64| {
-            let entry = found.word(index)?;
-            let cluster = Cluster::decode(entry, self.g, self.version);
-            if cluster == Cluster::Bad || suspect && !self.is_plausible(cluster) {
-                return Some(What::Bad { entry });
+        let (entries, bits) = (self.slice_entries() as u64, self.g.cluster_bits);
+        let run = |index: usize, skip: u64| {
+            let entry = self.entry(&found, index)?;
+            let cluster = self.decode(entry, ((slice * entries) + index as u64) << bits);
+            if suspect && !self.is_plausible(cluster) {
+                return Some(self.rest(What::Bad { entry: entry.word }, skip));
             }
-            Some(match cluster {
-                Cluster::Data { host, copied } => What::Data { host: host + skip, copied },
-                Cluster::Zero { .. } => What::Zero,
-                Cluster::Compressed { host, len } => What::Compressed { host, len },
-                Cluster::Unallocated | Cluster::Bad => What::Unallocated,
-            })
+            Some(self.cluster_run(cluster, entry.word, skip))
         };
-        let skip = self.g.in_cluster(range.start());
-        let Some(what) = kind(first, skip) else { return whole(What::Uncached) };
-        let mut run = Run { what, len: self.g.cluster_size() - skip };
-        let mut index = first + 1;
-        while run.len < range.len() && index < self.l2.words() {
-            match kind(index, 0) {
-                Some(next) if what.goes_on(run.len, next) => run.len += self.g.cluster_size(),
+        let mut skip = self.g.in_cluster(range.start());
+        let Some(mut all) = run(first, skip) else { return whole(What::Uncached) };
+        let (mut index, mut last) = (first, all.len);
+        while all.len < range.len() {
+            skip += last;
+            if skip == self.g.cluster_size() {
+                (index, skip) = (index + 1, 0);
+            }
+            if index == self.slice_entries() {
+                break;
+            }
+            match run(index, skip) {
+                Some(next) if all.what.goes_on(all.len, next.what) => {
+                    all.len += next.len;
+                    last = next.len;
+                }
                 _ => break,
             }
-            index += 1;
         }
-        Run { what, len: run.len.min(range.len()) }
+        Run { what: all.what, len: all.len.min(range.len()) }
+    }
+
+    /// A run to the end of a cluster, from its byte `skip` on.
+    fn rest(&self, what: What, skip: u64) -> Run {
+        Run { what, len: self.g.cluster_size() - skip }
+    }
+
+    /// What a cluster is from its byte `skip` on. `entry` is its descriptor.
+    fn cluster_run(&self, cluster: Cluster, entry: u64, skip: u64) -> Run {
+        let what = match cluster {
+            Cluster::Data { host, copied } => What::Data { host: host + skip, copied },
+            Cluster::Zero { .. } => What::Zero,
+            Cluster::Compressed { host, len } => What::Compressed { host, len },
+            Cluster::Unallocated => What::Unallocated,
+            Cluster::Bad => What::Bad { entry },
+            Cluster::Mixed { host, parts } => {
+                let bits = self.g.subcluster_bits();
+                let first = (skip >> bits) as u32;
+                let (part, n) = parts.run(first);
+                let what = match (part, host) {
+                    (Part::Zero, _) => What::Zero,
+                    (Part::Data, Some((host, copied))) => What::Data { host: host + skip, copied },
+                    _ => What::Unallocated,
+                };
+                return Run { what, len: (u64::from(first + n) << bits) - skip };
+            }
+        };
+        self.rest(what, skip)
     }
 
     /// Where to read `range`.
@@ -122,8 +193,8 @@ impl Qcow2 {
         let pin = self.epoch.pin();
         let run = self.lookup(range, false);
         match run.what {
-            What::Data { host, .. } if host + run.len <= self.file_end.load(Ordering::Acquire) => {
-                Mapping::Child { child: self.file(), offset: host, len: run.len, pin: Some(pin) }
+            What::Data { host, .. } if host + run.len <= self.data_end.load(Ordering::Acquire) => {
+                Mapping::Child { child: self.data(), offset: host, len: run.len, pin: Some(pin) }
             }
             What::Zero => Mapping::Zero { len: run.len },
             What::Unallocated => self.map_backing(range.take(run.len)),
@@ -158,7 +229,7 @@ impl Qcow2 {
         let in_place = |r: Run| matches!(r.what, What::Data { copied: true, .. });
         if let What::Data { host, copied: true } = run.what {
             return Mapping::Child {
-                child: self.file(),
+                child: self.data(),
                 offset: host,
                 len: run.len,
                 pin: Some(pin),
@@ -190,11 +261,17 @@ impl Qcow2 {
         end: u64,
         meta: &std::collections::HashSet<u64>,
     ) -> bool {
-        let clear = |host: u64| host < end && !meta.contains(&(host >> self.g.cluster_bits));
+        let clear = |host: u64| {
+            self.g.data_file || host < end && !meta.contains(&(host >> self.g.cluster_bits))
+        };
         match cluster {
             Cluster::Bad => false,
-            Cluster::Unallocated | Cluster::Zero { host: None } => true,
-            Cluster::Zero { host: Some((host, _)) } | Cluster::Data { host, .. } => clear(host),
+            Cluster::Unallocated
+            | Cluster::Zero { host: None }
+            | Cluster::Mixed { host: None, .. } => true,
+            Cluster::Zero { host: Some((host, _)) }
+            | Cluster::Mixed { host: Some((host, _)), .. }
+            | Cluster::Data { host, .. } => clear(host),
             // The last sector of a stream may be cut short by the end of the file.
             Cluster::Compressed { host, len } => clear(host) && clear((host + len - 512).max(host)),
         }

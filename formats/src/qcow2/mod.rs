@@ -67,6 +67,12 @@ pub static QCOW2: DriverDef = DriverDef {
             binding: Binding::Content,
             required: false,
         },
+        ChildSpec {
+            name: "data-file",
+            role: Role::Data,
+            binding: Binding::Position,
+            required: false,
+        },
     ],
     open: |args| Box::pin(open::open(args)),
     create: Some(|args| Box::pin(create::create(args))),
@@ -93,14 +99,14 @@ struct Flags {
 /// An open image.
 struct Qcow2 {
     name: String,
-    /// `file`, `backing`.
-    children: [Arc<Child>; 2],
+    /// `file`, `backing`, `data-file`.
+    children: [Arc<Child>; 3],
     g: Geometry,
     version: u32,
     size: AtomicU64,
-    /// The file reaches at least this far, in bytes. Entries may refer to more: that reads as
-    /// zeros.
-    file_end: AtomicU64,
+    /// The file that data lie in reaches at least this far, in bytes. Entries may refer to more:
+    /// that reads as zeros.
+    data_end: AtomicU64,
     options: Options,
     /// As it is on disk.
     header: Mutex<Header>,
@@ -146,6 +152,16 @@ impl Qcow2 {
         &self.children[1]
     }
 
+    /// Where data lie.
+    fn data(&self) -> &Child {
+        &self.children[if self.g.data_file { 2 } else { 0 }]
+    }
+
+    /// Whether the data file is to be a raw image by itself (spec, Raw external data bit).
+    fn is_raw(&self) -> bool {
+        self.g.data_file && self.header().autoclear & header::RAW_DATA_FILE != 0
+    }
+
     fn refcounts(&self) -> MutexGuard<'_, Refcounts> {
         self.refcounts.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,9 +174,14 @@ impl Qcow2 {
         self.flags.unmap.load(Ordering::Relaxed)
     }
 
+    /// Entries in one L2 slice.
+    fn slice_entries(&self) -> usize {
+        self.l2.words() / self.g.entry_words()
+    }
+
     /// Bytes of the disk that one L2 slice stands for.
     fn slice_reach(&self) -> u64 {
-        (self.l2.words() as u64) << self.g.cluster_bits
+        (self.slice_entries() as u64) << self.g.cluster_bits
     }
 
     fn corrupt(&self, what: impl std::fmt::Display) -> Error {

@@ -14,7 +14,7 @@ use super::cache::TableCache;
 use super::check;
 use super::entry::OFFSET_MASK;
 use super::geometry::Geometry;
-use super::header::{self, CORRUPT, DIRTY, Header};
+use super::header::{self, CORRUPT, DIRTY, Header, RAW_DATA_FILE};
 use super::l1::L1;
 use super::load::words;
 use super::options::Options;
@@ -39,27 +39,37 @@ pub(super) async fn read_header(file: &Child) -> Result<Header> {
 
 pub(super) async fn open(args: OpenArgs) -> Result<Opened> {
     let options = Options::parse(args.options)?;
-    let children = <[Arc<Child>; 2]>::try_from(args.children)
-        .map_err(|_| Error::invalid("format 'qcow2' has two children, 'file' and 'backing'"))?;
+    let children = <[Arc<Child>; 3]>::try_from(args.children)
+        .map_err(|_| Error::invalid("format 'qcow2' has three children"))?;
     let unmap = args.common.discard == Discard::Unmap;
     let driver = image(args.node_name, children, options, unmap).await?;
-    let (name, format) = {
+    let mut implicit = Vec::new();
+    {
         let h = driver.header();
-        (h.backing.clone(), h.backing_format.clone())
-    };
-    let backing = name.map(|filename| Implicit { child: "backing", filename, format });
-    Ok(Opened { driver: Box::new(driver), implicit: backing.into_iter().collect() })
+        if let Some(filename) = h.backing.clone() {
+            let format = h.backing_format.clone();
+            implicit.push(Implicit { child: "backing", filename, format });
+        }
+        match h.data_file.clone() {
+            Some(filename) if driver.g.data_file => {
+                implicit.push(Implicit { child: "data-file", filename, format: None });
+            }
+            _ => {}
+        }
+    }
+    driver.check_data_file(implicit.iter().any(|i| i.child == "data-file")).await?;
+    Ok(Opened { driver: Box::new(driver), implicit })
 }
 
 /// Opens an image that was just created, without a backing image.
-pub(super) async fn open_new(file: Arc<Child>) -> Result<Qcow2> {
-    let children = [file, Child::new("new.backing", None)];
+pub(super) async fn open_new(file: Arc<Child>, data: Arc<Child>) -> Result<Qcow2> {
+    let children = [file, Child::new("new.backing", None), data];
     image("new".into(), children, Options::default(), false).await
 }
 
 async fn image(
     name: String,
-    children: [Arc<Child>; 2],
+    children: [Arc<Child>; 3],
     options: Options,
     unmap: bool,
 ) -> Result<Qcow2> {
@@ -69,7 +79,8 @@ async fn image(
     let g = header.geometry;
     let caches = options.caches(g, header.size)?;
     let per_slice = (caches.refcount_slice * 8) >> g.refcount_order;
-    let file_end = file.size().await?;
+    // Of a data file that is opened later, this is found out when it is read.
+    let data_end = children[if g.data_file { 2 } else { 0 }].size_now();
     let watched = file.node().await.is_some_and(|n| n.driver().debugger().is_some());
     let Tables { l1, refcounts, damage } = Tables::read(file, &header, per_slice).await?;
     Ok(Qcow2 {
@@ -78,7 +89,7 @@ async fn image(
         g,
         version: header.version,
         size: AtomicU64::new(header.size),
-        file_end: AtomicU64::new(file_end),
+        data_end: AtomicU64::new(data_end),
         header: Mutex::new(header),
         flags: Arc::new(Flags {
             unmap: AtomicBool::new(unmap),
@@ -114,7 +125,7 @@ impl Tables {
         let g = header.geometry;
         let end = file.size().await?;
         let l1 = table(file, header.l1_offset, u64::from(header.l1_size), end, "L1 table").await?;
-        let entries = u64::from(header.reftable_clusters) * g.l2_entries();
+        let entries = u64::from(header.reftable_clusters) * g.cluster_words();
         file.event(DebugEvent::ReftableLoad).await;
         let reftable = table(file, header.reftable_offset, entries, end, "refcount table").await?;
         let mut layout = Layout { g, end, meta: HashSet::new(), damage: None };
@@ -211,6 +222,20 @@ impl Layout {
 }
 
 impl Qcow2 {
+    /// Fails where a data file is given to an image without one, or neither given nor `named`.
+    async fn check_data_file(&self, named: bool) -> Result<()> {
+        let given = self.children[2].node().await.is_some();
+        match (self.g.data_file, given) {
+            (false, true) => {
+                Err(Error::invalid("'data-file' is given, but the image keeps its data itself"))
+            }
+            (true, false) if !named => Err(Error::invalid(
+                "the image keeps its data in another file and does not name it: give 'data-file'",
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// What is done once before somebody writes.
     pub(super) async fn activate(&self) -> Result<()> {
         let _once = self.activation.lock().await;
@@ -227,12 +252,16 @@ impl Qcow2 {
             );
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
-        // What these features promise is not kept up here (spec, autoclear_features).
-        if self.header().autoclear != 0 {
-            let zero = Buf::zeroed(8);
-            self.file().write(AUTOCLEAR_FIELD, zero, WriteFlags::default()).await?;
+        // What the others promise is not kept up here (spec, autoclear_features).
+        let (old, kept) = {
+            let h = self.header();
+            (h.autoclear, if self.g.data_file { h.autoclear & RAW_DATA_FILE } else { 0 })
+        };
+        if old != kept {
+            let field = Buf::from_slice(&kept.to_be_bytes());
+            self.file().write(AUTOCLEAR_FIELD, field, WriteFlags::default()).await?;
             self.file().flush().await?;
-            self.header().autoclear = 0;
+            self.header().autoclear = kept;
         }
         self.activated.store(true, Ordering::Release);
         Ok(())

@@ -32,7 +32,6 @@ pub(super) struct Options {
     refcount_cache_size: Option<u64>,
     cache_clean_interval: Option<u64>,
     encrypt: Option<Value>,
-    data_file: Option<Value>,
 }
 
 /// Sizes of the metadata caches, in bytes.
@@ -59,7 +58,6 @@ impl Options {
             false => Ok(()),
         };
         refuse("encrypt", o.encrypt.is_some())?;
-        refuse("data-file", o.data_file.is_some())?;
         refuse("discard-no-unref", o.discard_no_unref == Some(true))?;
         refuse("cache-clean-interval", o.cache_clean_interval.is_some_and(|s| s > 0))?;
         refuse("lazy-refcounts", o.lazy_refcounts == Some(true))?;
@@ -135,7 +133,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    const G: Geometry = Geometry { cluster_bits: 16, refcount_order: 4 };
+    const G: Geometry = Geometry::new(16, 4);
 
     fn sizes(o: Value) -> Result<(u64, u64)> {
         let c = Options::parse(o)?.caches(G, 1 << 50)?;

@@ -3,7 +3,7 @@
 use gipfel_base::sync::sync::atomic::Ordering;
 use gipfel_base::{ByteRange, Result};
 use gipfel_io::Buf;
-use gipfel_node::DebugEvent;
+use gipfel_node::{Child, DebugEvent};
 
 use super::Qcow2;
 use super::header::Compression;
@@ -25,7 +25,7 @@ impl Qcow2 {
             match run.what {
                 What::Data { host, .. } => {
                     self.event(DebugEvent::ReadAio).await;
-                    self.read_file(host, buf).await?;
+                    self.read_data(host, buf).await?;
                 }
                 What::Zero => buf.fill(0),
                 What::Unallocated => self.read_backing(left.start(), buf).await?,
@@ -52,11 +52,14 @@ impl Qcow2 {
 
     /// Reads from the image file: zeros past its end.
     pub(super) async fn read_file(&self, host: u64, buf: Buf) -> Result<()> {
-        let end = self.file().size().await?;
-        self.file_end.store(end, Ordering::Release);
-        let n = end.saturating_sub(host).min(buf.len() as u64) as usize;
-        buf.slice(n..buf.len()).fill(0);
-        if n > 0 { self.file().read(host, buf.slice(0..n)).await } else { Ok(()) }
+        read_child(self.file(), host, buf).await.map(drop)
+    }
+
+    /// Reads from where data lie: zeros past the end.
+    async fn read_data(&self, host: u64, buf: Buf) -> Result<()> {
+        let end = read_child(self.data(), host, buf).await?;
+        self.data_end.store(end, Ordering::Release);
+        Ok(())
     }
 
     /// Reads from the backing image: zeros past its end or without one.
@@ -95,6 +98,17 @@ impl Qcow2 {
             ))),
         }
     }
+}
+
+/// Reads from a child: zeros past its end. Gives where that is.
+async fn read_child(child: &Child, at: u64, buf: Buf) -> Result<u64> {
+    let end = child.size().await?;
+    let n = end.saturating_sub(at).min(buf.len() as u64) as usize;
+    buf.slice(n..buf.len()).fill(0);
+    if n > 0 {
+        child.read(at, buf.slice(0..n)).await?;
+    }
+    Ok(end)
 }
 
 /// Unpacks a raw deflate stream that fills `to`; what follows it is padding.

@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn places_agree_with_the_bytes_of_a_block() {
         for order in 0..=6 {
-            let g = Geometry { cluster_bits: 9, refcount_order: order };
+            let g = Geometry::new(9, order);
             let words: Vec<AtomicU64> = (0..64).map(|_| AtomicU64::new(0)).collect();
             for i in 0..g.block_entries() {
                 set(g, &words, i, i.wrapping_mul(0x51_7c_c1) & g.max_refcount());
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_lowest_free_clusters_are_found() {
-        let g = Geometry { cluster_bits: 9, refcount_order: 4 };
+        let g = Geometry::new(9, 4);
         let pages = TableCache::new(64, 1 << 20);
         let mut r = Refcounts::new(g, 256, vec![512], 3);
         let fill = |id: u64, words: &mut dyn Iterator<Item = u64>| match pages.reserve(id) {

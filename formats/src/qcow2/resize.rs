@@ -10,7 +10,7 @@ use gipfel_io::Buf;
 use gipfel_node::{DebugEvent, Preallocation, WriteFlags, ZeroFlags};
 
 use super::Qcow2;
-use super::entry::Cluster;
+use super::entry::{Cluster, Entry};
 use super::flush::bytes;
 use super::lookup::What;
 
@@ -58,18 +58,39 @@ impl Qcow2 {
             }
         }
         self.flush_all().await?;
+        if self.g.data_file {
+            // Whatever lay behind the end of the disk must not show.
+            self.resize_data(old).await?;
+            self.resize_data(size).await?;
+        }
         self.put_size(size).await
+    }
+
+    async fn resize_data(&self, size: u64) -> Result<()> {
+        match self.data().node().await {
+            Some(n) if n.size() != size => n.driver().resize(size).await,
+            _ => Ok(()),
+        }
     }
 
     async fn shrink_to(&self, size: u64) -> Result<()> {
         self.clear_tail(size).await?;
         self.cut(size.next_multiple_of(self.g.cluster_size())).await?;
         self.put_size(size).await?;
+        if self.g.data_file {
+            self.data_end.fetch_min(size, Ordering::AcqRel);
+            self.resize_data(size).await?;
+        }
         self.trim_file().await
     }
 
     /// Lets the backing image decide every byte of the disk.
     pub(super) async fn empty(&self) -> Result<()> {
+        if self.is_raw() {
+            let all = ByteRange::new(0, self.size.load(Ordering::Acquire));
+            let unmap = ZeroFlags { unmap: true, ..ZeroFlags::default() };
+            return self.zero_range(all, unmap).await;
+        }
         self.cut(0).await?;
         self.trim_file().await
     }
@@ -85,14 +106,21 @@ impl Qcow2 {
 
     /// Zeros what the cluster around the byte `end` stores from there on.
     async fn clear_tail(&self, end: u64) -> Result<()> {
-        let tail = ByteRange::between(end, end.next_multiple_of(self.g.cluster_size()));
+        let mut tail = ByteRange::between(end, end.next_multiple_of(self.g.cluster_size()));
         while !tail.is_empty() {
-            match self.lookup(tail.take(1), true).what {
-                What::Uncached => self.load_l2(end).await?,
-                What::Data { .. } | What::Compressed { .. } => return self.write_zeros(tail).await,
+            let run = self.lookup(tail, true);
+            match run.what {
+                What::Uncached => {
+                    self.load_l2(end).await?;
+                    continue;
+                }
+                What::Data { .. } | What::Compressed { .. } => {
+                    self.write_zeros(tail.take(run.len)).await?;
+                }
                 What::Bad { entry } => return Err(self.bad_entry(end, entry)),
-                What::Zero | What::Unallocated | What::Suspect => break,
+                What::Zero | What::Unallocated | What::Suspect => {}
             }
+            tail = tail.skip(run.len);
         }
         Ok(())
     }
@@ -102,8 +130,14 @@ impl Qcow2 {
     async fn cut(&self, from: u64) -> Result<()> {
         let end = self.size.load(Ordering::Acquire).next_multiple_of(self.g.cluster_size());
         if from < end {
-            let gone = |old| (old != Cluster::Unallocated).then_some(0);
-            self.each_piece(ByteRange::between(from, end), true, gone).await?;
+            let gone = |old| (old != Cluster::Unallocated).then_some(Entry::default());
+            // In a data file nothing goes before its entry has gone for good.
+            let range = ByteRange::between(from, end);
+            self.each_piece(range, !self.g.data_file, gone).await?;
+            self.flush_all().await?;
+            if self.g.data_file && self.flags.pass_discard.load(Ordering::Relaxed) {
+                self.discard_data(range).await;
+            }
         }
         self.flush_all().await?;
         self.drop_tables(from.div_ceil(self.g.l1_reach())).await;
@@ -134,7 +168,9 @@ impl Qcow2 {
         let end = end << self.g.cluster_bits;
         match self.file().node().await {
             Some(n) if n.size() > end => {
-                self.file_end.fetch_min(end, Ordering::AcqRel);
+                if !self.g.data_file {
+                    self.data_end.fetch_min(end, Ordering::AcqRel);
+                }
                 n.driver().resize(end).await
             }
             _ => Ok(()),
@@ -159,9 +195,9 @@ impl Qcow2 {
             match how {
                 Preallocation::Metadata => {}
                 Preallocation::Falloc => {
-                    self.file().write_zeroes(host, ZeroFlags::default()).await?;
+                    self.data().write_zeroes(host, ZeroFlags::default()).await?;
                 }
-                Preallocation::Full => self.zero_file(host).await?,
+                Preallocation::Full => self.zero_hosts(host).await?,
             }
             left = left.skip(n);
         }
@@ -169,13 +205,13 @@ impl Qcow2 {
         self.reach_end().await
     }
 
-    /// Writes zeros to a part of the file.
-    async fn zero_file(&self, host: ByteRange) -> Result<()> {
+    /// Writes zeros to host clusters.
+    async fn zero_hosts(&self, host: ByteRange) -> Result<()> {
         let mut left = host;
         while !left.is_empty() {
             let part = left.take(PIECE);
             let zeros = Buf::zeroed(part.len() as usize);
-            self.file().write(part.start(), zeros, WriteFlags::default()).await?;
+            self.data().write(part.start(), zeros, WriteFlags::default()).await?;
             left = left.skip(PIECE);
         }
         Ok(())

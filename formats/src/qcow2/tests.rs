@@ -3,5 +3,7 @@
 mod crash;
 mod disk;
 mod events;
+mod judged;
 mod model;
 mod sizes;
+mod subclusters;

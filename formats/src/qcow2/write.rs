@@ -6,7 +6,7 @@ use gipfel_io::Buf;
 use gipfel_node::{DebugEvent, WriteFlags, ZeroFlags};
 
 use super::Qcow2;
-use super::entry::{COPIED, Cluster};
+use super::entry::{Cluster, Entry};
 use super::lookup::What;
 use super::refcounts::Extent;
 
@@ -17,7 +17,7 @@ const LONGEST: u64 = 2 << 20;
 enum Need {
     /// Nothing: they may be overwritten there.
     InPlace { host: u64, len: u64 },
-    /// Their own clusters, kept while they read as zeros.
+    /// Their own clusters, kept for what reads as zeros or is not allocated.
     Kept { host: u64, clusters: u64 },
     /// New clusters.
     New { clusters: u64 },
@@ -54,7 +54,7 @@ impl Qcow2 {
     }
 
     /// Writes within one slice; the caller holds the guest clusters.
-    async fn write_held(&self, range: ByteRange, buf: Buf) -> Result<()> {
+    pub(super) async fn write_held(&self, range: ByteRange, buf: Buf) -> Result<()> {
         let (mut left, mut buf) = (range, buf);
         while !left.is_empty() {
             self.own_table(left.start()).await?;
@@ -64,11 +64,15 @@ impl Qcow2 {
                 Need::InPlace { host, len } => {
                     let rest = buf.split_off(len as usize);
                     self.event(DebugEvent::WriteAio).await;
-                    self.file().write(host, buf, WriteFlags::default()).await?;
+                    self.data().write(host, buf, WriteFlags::default()).await?;
                     (left, buf) = (left.skip(len), rest);
                     continue;
                 }
                 Need::Kept { host, clusters } => (host, clusters, None),
+                // Each cluster has its place in the data file.
+                Need::New { clusters } if self.g.data_file => {
+                    (self.g.cluster_start(left.start()), clusters, None)
+                }
                 Need::New { clusters } => {
                     let e = self.allocate(clusters, false).await?;
                     (e.first << self.g.cluster_bits, e.count, Some(e))
@@ -80,14 +84,17 @@ impl Qcow2 {
             let part = left.take(span.end() - left.start());
             let rest = buf.split_off(part.len() as usize);
             let fresh = new.is_some_and(|e| e.fresh);
-            if let Err(e) = self.fill(span, part, host, fresh, buf).await {
+            let copied = self.copied_around(span, part, new.is_some()).await?;
+            if let Err(e) =
+                self.fill(copied, part, host + (copied.start() - start), fresh, buf).await
+            {
                 if let Some(n) = new {
                     self.unallocate(n).await?;
                 }
                 return Err(e);
             }
             self.flushing.wrote();
-            self.refer(span, host).await?;
+            self.refer(span, part, host).await?;
             (left, buf) = (left.skip(part.len()), rest);
         }
         self.limit_pending().await
@@ -109,31 +116,24 @@ impl Qcow2 {
         let most = (self.whole(known).len() >> self.g.cluster_bits) as usize;
         let size = self.g.cluster_size();
         let found = self.l2.inspect(slice, |words| {
-            let kinds = words[first..].iter().take(most).map(|w| {
-                let entry = w.load(Ordering::Acquire);
-                Cluster::decode(entry, self.g, self.version)
-            });
+            let kinds = self.entries(&words[first * self.g.entry_words()..]).take(most);
             let mut need = None;
-            for kind in kinds {
-                need = match (need, kind) {
-                    (None, Cluster::Zero { host: Some((host, true)) }) => {
-                        Some(Need::Kept { host, clusters: 1 })
-                    }
-                    (
-                        Some(Need::Kept { host, clusters }),
-                        Cluster::Zero { host: Some((next, true)) },
-                    ) if next == host + clusters * size => {
+            let guests = (0..).map(|i| self.g.cluster_start(range.start()) + i * size);
+            for kind in kinds.zip(guests).map(|(e, guest)| self.decode(e, guest)) {
+                need = match (need, kind, kind.host()) {
+                    (n, Cluster::Data { copied: true, .. } | Cluster::Bad, _) => return n,
+                    (None, _, Some((host, true))) => Some(Need::Kept { host, clusters: 1 }),
+                    (Some(Need::Kept { host, clusters }), _, Some((next, true)))
+                        if next == host + clusters * size =>
+                    {
                         Some(Need::Kept { host, clusters: clusters + 1 })
                     }
-                    (
-                        n,
-                        Cluster::Data { copied: true, .. }
-                        | Cluster::Zero { host: Some((_, true)) }
-                        | Cluster::Bad,
-                    ) => return n,
-                    (n @ Some(Need::Kept { .. }), _) => return n,
-                    (Some(Need::New { clusters }), _) => Some(Need::New { clusters: clusters + 1 }),
-                    (_, _) => Some(Need::New { clusters: 1 }),
+                    (n, _, Some((_, true))) => return n,
+                    (n @ Some(Need::Kept { .. }), ..) => return n,
+                    (Some(Need::New { clusters }), ..) => {
+                        Some(Need::New { clusters: clusters + 1 })
+                    }
+                    _ => Some(Need::New { clusters: 1 }),
                 };
             }
             need
@@ -146,8 +146,60 @@ impl Qcow2 {
         self.l2.get(slice).is_none_or(|f| f.is_suspect())
     }
 
-    /// Writes `buf`, the data of `part`, into the host clusters of `span`, with what was to be
-    /// read around it.
+    /// What is written when `part` is: the part of the clusters `span` around it whose contents
+    /// go along. Those are whole subclusters, and if the clusters are `new`, all that hold data.
+    async fn copied_around(
+        &self,
+        span: ByteRange,
+        part: ByteRange,
+        new: bool,
+    ) -> Result<ByteRange> {
+        if !self.g.extended_l2 {
+            return Ok(span);
+        }
+        let bits = self.g.subcluster_bits();
+        let (first, last) = (span.start(), span.end() - self.g.cluster_size());
+        let from = self.wanted(first, part, new).await?.trailing_zeros();
+        let to = u32::BITS - self.wanted(last, part, new).await?.leading_zeros();
+        Ok(ByteRange::between(first + (u64::from(from) << bits), last + (u64::from(to) << bits)))
+    }
+
+    /// The subclusters of the guest cluster at `start` whose contents are written with `part`.
+    async fn wanted(&self, start: u64, part: ByteRange, new: bool) -> Result<u32> {
+        let old = if new { self.cluster(start).await?.parts().data } else { 0 };
+        Ok(old | self.touched(start, part))
+    }
+
+    /// What the entry of the guest cluster at `guest` says. The caller holds the cluster, and its
+    /// table is there.
+    pub(super) async fn cluster(&self, guest: u64) -> Result<Cluster> {
+        let (slice, index) = self.slice_of(guest);
+        loop {
+            let entry = self.l2.inspect(slice, |words| {
+                self.entries(&words[index * self.g.entry_words()..]).next().unwrap_or_default()
+            });
+            match entry {
+                Some(e) => return Ok(self.decode(e, guest)),
+                None => self.load_l2(guest).await?,
+            }
+        }
+    }
+
+    /// The subclusters of the guest cluster at `start` that `range` touches, as bits.
+    pub(super) fn touched(&self, start: u64, range: ByteRange) -> u32 {
+        let cluster = ByteRange::new(start, self.g.cluster_size());
+        let Some(r) = cluster.intersect(range).filter(|r| !r.is_empty()) else { return 0 };
+        if !self.g.extended_l2 {
+            return u32::MAX;
+        }
+        let bits = self.g.subcluster_bits();
+        let first = (r.start() - start) >> bits;
+        let end = (r.end() - start).div_ceil(1 << bits);
+        (u32::MAX >> (u64::from(u32::BITS) - (end - first))) << first
+    }
+
+    /// Writes `buf`, the data of `part`, to where `span` lies at `host`, with what was to be read
+    /// around it.
     async fn fill(
         &self,
         span: ByteRange,
@@ -158,12 +210,17 @@ impl Qcow2 {
     ) -> Result<()> {
         let head = ByteRange::between(span.start(), part.start());
         let tail = ByteRange::between(part.end(), span.end());
-        let head = if fresh && self.is_zero(head).await? { head.take(0) } else { head };
-        let tail = if fresh && self.is_zero(tail).await? { tail.take(0) } else { tail };
+        let size = self.size.load(Ordering::Acquire);
+        // What lies past the end of the disk is zeros.
+        let inside = |r: ByteRange| r.take(size.saturating_sub(r.start()));
+        let no_head = fresh && self.reads_as_zeros(inside(head)).await?;
+        let no_tail = fresh && self.reads_as_zeros(inside(tail)).await?;
+        let head = if no_head { head.take(0) } else { head };
+        let tail = if no_tail { tail.take(0) } else { tail };
         if head.is_empty() && tail.is_empty() {
             let at = host + (part.start() - span.start());
             self.event(DebugEvent::WriteAio).await;
-            return self.file().write(at, buf, WriteFlags::default()).await;
+            return self.data().write(at, buf, WriteFlags::default()).await;
         }
         let from = if head.is_empty() { part.start() } else { span.start() };
         let to = if tail.is_empty() { part.end() } else { span.end() };
@@ -182,23 +239,7 @@ impl Qcow2 {
         // One write is both: the data, and what is copied around them.
         self.event(DebugEvent::CowWrite).await;
         self.event(DebugEvent::WriteAio).await;
-        self.file().write(host + (from - span.start()), all, WriteFlags::default()).await
-    }
-
-    /// Whether `range`, part of one cluster that is not written yet, reads as zeros without a
-    /// look at data.
-    async fn is_zero(&self, range: ByteRange) -> Result<bool> {
-        if range.is_empty() || range.start() >= self.size.load(Ordering::Acquire) {
-            return Ok(true);
-        }
-        loop {
-            match self.lookup(range.take(1), true).what {
-                What::Zero => return Ok(true),
-                What::Unallocated => return Ok(range.start() >= self.backing_size().await),
-                What::Uncached => self.load_l2(range.start()).await?,
-                _ => return Ok(false),
-            }
-        }
+        self.data().write(host + (from - span.start()), all, WriteFlags::default()).await
     }
 
     /// Reads what was in `range` before; what lies past the end of the disk is zeros.
@@ -211,7 +252,7 @@ impl Qcow2 {
 
     /// Gives the first clusters of `range`, which read as zeros, host clusters that do so too,
     /// unless they have some. Gives how many bytes of the disk that covers, and where in the file
-    /// the new ones lie.
+    /// the new ones lie. What a data file has there reads as zeros already.
     pub(super) async fn preallocate_some(&self, range: ByteRange) -> Result<(u64, ByteRange)> {
         let piece = self.piece(range);
         let span = self.whole(piece);
@@ -226,30 +267,46 @@ impl Qcow2 {
                 }
                 Need::New { clusters } => clusters,
             };
-            let e = self.allocate(n, false).await?;
-            let len = e.count << self.g.cluster_bits;
-            let host = ByteRange::new(e.first << self.g.cluster_bits, len);
-            if !e.fresh {
+            let (host, fresh) = if self.g.data_file {
+                (span.take(n << self.g.cluster_bits), true)
+            } else {
+                let e = self.allocate(n, false).await?;
+                let (at, len) = (e.first << self.g.cluster_bits, e.count << self.g.cluster_bits);
+                (ByteRange::new(at, len), e.fresh)
+            };
+            let span = span.take(host.len());
+            // With subclusters, the clusters are kept for them while none is allocated.
+            let part = if self.g.extended_l2 { span.take(0) } else { span };
+            if !fresh && !part.is_empty() {
                 self.file().write_zeroes(host, ZeroFlags::default()).await?;
                 self.flushing.wrote();
             }
-            self.refer(span.take(len), host.start()).await?;
-            return Ok((len, host));
+            self.refer(span, part, host.start()).await?;
+            return Ok((host.len(), host));
         }
     }
 
-    /// Makes the file reach to the end of the last cluster that was ever taken.
+    /// Makes the file with the data reach to the end of the last cluster that was ever taken, or
+    /// of the disk.
     pub(super) async fn reach_end(&self) -> Result<()> {
-        let end = self.refcounts().end() << self.g.cluster_bits;
-        match self.file().node().await {
+        let end = match self.g.data_file {
+            true => self.size.load(Ordering::Acquire),
+            false => self.refcounts().end() << self.g.cluster_bits,
+        };
+        match self.data().node().await {
             Some(n) if n.size() < end => n.driver().resize(end).await,
             _ => Ok(()),
         }
     }
 
-    /// Lets the entries of `span` refer to the clusters at `host`.
-    async fn refer(&self, span: ByteRange, host: u64) -> Result<()> {
-        let entry = |i, _| Some((host + (i << self.g.cluster_bits)) | COPIED);
+    /// Lets the entries of `span` refer to the clusters at `host`, where there are data in `part`
+    /// and where there were before.
+    async fn refer(&self, span: ByteRange, part: ByteRange, host: u64) -> Result<()> {
+        let entry = |i, old: Cluster| {
+            let at = i << self.g.cluster_bits;
+            let parts = old.parts().with_data(self.touched(span.start() + at, part));
+            Some(Entry::of(self.g, Some((host + at, true)), parts))
+        };
         self.change_entries(span, false, entry).await
     }
 
@@ -260,19 +317,22 @@ impl Qcow2 {
         &self,
         span: ByteRange,
         discard: bool,
-        change: impl Fn(u64, Cluster) -> Option<u64>,
+        change: impl Fn(u64, Cluster) -> Option<Entry>,
     ) -> Result<()> {
         let (slice, first) = self.slice_of(span.start());
         let clusters = (span.len() >> self.g.cluster_bits) as usize;
+        let n = self.g.entry_words();
+        let guest = |i: usize| span.start() + ((i as u64) << self.g.cluster_bits);
         let mut gone = Vec::new();
         while self
             .l2
             .update(slice, |words| {
-                for (i, w) in words[first..first + clusters].iter().enumerate() {
-                    let old = Cluster::decode(w.load(Ordering::Acquire), self.g, self.version);
+                let words = &words[n * first..n * (first + clusters)];
+                for (i, e) in self.entries(words).enumerate() {
+                    let old = self.decode(e, guest(i));
                     let Some(new) = change(i as u64, old) else { continue };
-                    w.store(new, Ordering::Release);
-                    if host_of(old) != host_of(Cluster::decode(new, self.g, self.version)) {
+                    Self::put_entry(&words[n * i..n * (i + 1)], new);
+                    if host_of(old) != host_of(self.decode(new, guest(i))) {
                         gone.push(old);
                     }
                 }
@@ -283,7 +343,7 @@ impl Qcow2 {
         }
         self.flushing.changed();
         for old in gone {
-            self.let_go(old, discard);
+            self.let_go(old, discard).await;
         }
         Ok(())
     }
@@ -335,8 +395,7 @@ impl Qcow2 {
 /// What an entry refers to.
 fn host_of(c: Cluster) -> Option<u64> {
     match c {
-        Cluster::Data { host, .. } | Cluster::Compressed { host, .. } => Some(host),
-        Cluster::Zero { host } => host.map(|h| h.0),
-        Cluster::Unallocated | Cluster::Bad => None,
+        Cluster::Compressed { host, .. } => Some(host),
+        c => c.host().map(|h| h.0),
     }
 }

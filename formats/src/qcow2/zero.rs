@@ -6,17 +6,16 @@ use gipfel_io::Buf;
 use gipfel_node::ZeroFlags;
 
 use super::Qcow2;
-use super::entry::{COPIED, Cluster, ZERO};
+use super::entry::{Cluster, Entry, Parts};
 use super::lookup::What;
 
 impl Qcow2 {
-    /// The whole clusters in `range`; a cluster that the end of the disk cuts short counts as
-    /// whole.
-    fn inner(&self, range: ByteRange) -> ByteRange {
-        let size = self.g.cluster_size();
-        let start = range.start().next_multiple_of(size);
+    /// What of `range` is whole units of `unit` bytes, a power of two; a unit that the end of the
+    /// disk cuts short counts as whole.
+    fn inner(&self, range: ByteRange, unit: u64) -> ByteRange {
+        let start = range.start().next_multiple_of(unit);
         let at_end = range.end() == self.size.load(Ordering::Acquire);
-        let end = if at_end { range.end() } else { self.g.cluster_start(range.end()) };
+        let end = if at_end { range.end() } else { range.end() & !(unit - 1) };
         ByteRange::between(start.min(range.end()), end.max(start.min(range.end())))
     }
 
@@ -26,7 +25,7 @@ impl Qcow2 {
             // Version 2 has no zero flag (spec, L2 table entry).
             return Err(Error::unsupported("version 2 of the format has no zero clusters"));
         }
-        let inner = self.inner(range);
+        let inner = self.inner(range, self.g.subcluster_size());
         let (head, tail) = if inner.is_empty() {
             (range, range.take(0))
         } else {
@@ -35,7 +34,7 @@ impl Qcow2 {
         };
         for edge in [head, tail] {
             if flags.no_fallback && !edge.is_empty() && !self.reads_as_zeros(edge).await? {
-                return Err(Error::unsupported("part of a cluster would have to be written"));
+                return Err(written_in_part());
             }
         }
         for edge in [head, tail] {
@@ -44,13 +43,66 @@ impl Qcow2 {
             }
         }
         let unmap = flags.unmap && self.unmaps();
-        self.each_piece(inner, unmap, |old| match old {
+        if self.is_raw() {
+            // Whoever reads the data file alone finds zeros too.
+            self.zero_data(range, ZeroFlags { unmap, ..flags }).await?;
+        }
+        let whole = self.inner(inner, self.g.cluster_size());
+        let (first, last) = if whole.is_empty() {
+            // Up to two clusters, each in part.
+            let end = self.g.cluster_start(inner.start()) + self.g.cluster_size();
+            (inner.take(end - inner.start()), inner.skip(end - inner.start()))
+        } else {
+            let first = ByteRange::between(inner.start(), whole.start());
+            (first, ByteRange::between(whole.end(), inner.end()))
+        };
+        for part in [first, last] {
+            if !part.is_empty() {
+                self.zero_subclusters(part, unmap, flags.no_fallback).await?;
+            }
+        }
+        self.each_piece(whole, unmap, |old| match old {
             Cluster::Zero { host: None } => None,
             Cluster::Zero { host: Some((_, true)) } if !unmap => None,
-            Cluster::Data { host, copied: true } if !unmap => Some(host | COPIED | ZERO),
-            _ => Some(ZERO),
+            old => {
+                let own = old.host().filter(|h| h.1 && !unmap);
+                Some(Entry::of(self.g, own, Parts::ZERO))
+            }
         })
         .await
+    }
+
+    /// Makes what lies in the data file read as zeros.
+    async fn zero_data(&self, range: ByteRange, flags: ZeroFlags) -> Result<()> {
+        self.data().write_zeroes(range, flags).await?;
+        self.flushing.wrote();
+        Ok(())
+    }
+
+    /// Makes some subclusters of one cluster read as zeros.
+    async fn zero_subclusters(&self, range: ByteRange, unmap: bool, native: bool) -> Result<()> {
+        let span = self.whole(range);
+        if self.l1.get(span.start() / self.g.l1_reach()).is_none()
+            && self.backing_end_is_before(span.start())
+        {
+            return Ok(());
+        }
+        let _held = self.guests.lock(span).await;
+        self.own_table(span.start()).await?;
+        self.check_entries(range).await?;
+        if let Cluster::Compressed { .. } = self.cluster(span.start()).await? {
+            if native {
+                return Err(written_in_part());
+            }
+            return self.write_held(range, Buf::zeroed(range.len() as usize)).await;
+        }
+        let mask = self.touched(span.start(), range);
+        let zero = |_, old: Cluster| {
+            let parts = old.parts().with_zero(mask);
+            let host = old.host().filter(|h| parts.data != 0 || h.1 && !unmap);
+            Some(Entry::of(self.g, host, parts))
+        };
+        self.change_entries(span, unmap, zero).await
     }
 
     /// Lets go of the whole clusters in `range`.
@@ -63,16 +115,21 @@ impl Qcow2 {
             // What is discarded must not show what the backing image has.
             return Ok(());
         }
-        let empty = if self.version >= 3 { ZERO } else { 0 };
-        self.each_piece(self.inner(range), true, |old| match old {
+        let empty = if self.version >= 3 { Parts::ZERO } else { Parts::NONE };
+        let empty = Entry::of(self.g, None, empty);
+        let inner = self.inner(range, self.g.cluster_size());
+        if self.is_raw() && !inner.is_empty() {
+            self.zero_data(inner, ZeroFlags { unmap: true, ..ZeroFlags::default() }).await?;
+        }
+        self.each_piece(inner, true, |old| match old {
             Cluster::Unallocated | Cluster::Zero { host: None } => None,
             _ => Some(empty),
         })
         .await
     }
 
-    /// Whether a part of one or two clusters is known to read as zeros.
-    async fn reads_as_zeros(&self, range: ByteRange) -> Result<bool> {
+    /// Whether a part of one or two clusters is known to read as zeros, without a look at data.
+    pub(super) async fn reads_as_zeros(&self, range: ByteRange) -> Result<bool> {
         let mut left = range;
         while !left.is_empty() {
             let run = self.lookup(left, true);
@@ -95,7 +152,7 @@ impl Qcow2 {
         &self,
         range: ByteRange,
         discard: bool,
-        change: impl Fn(Cluster) -> Option<u64>,
+        change: impl Fn(Cluster) -> Option<Entry>,
     ) -> Result<()> {
         let mut left = range;
         while !left.is_empty() {
@@ -111,7 +168,7 @@ impl Qcow2 {
         &self,
         range: ByteRange,
         discard: bool,
-        change: &impl Fn(Cluster) -> Option<u64>,
+        change: &impl Fn(Cluster) -> Option<Entry>,
     ) -> Result<u64> {
         let reach = self.g.l1_reach();
         let to_table_end = reach - range.start() % reach;
@@ -153,4 +210,8 @@ impl Qcow2 {
         let size = self.backing().try_enter().map(|n| n.as_ref().map_or(0, |n| n.size()));
         size.is_some_and(|s| s <= offset)
     }
+}
+
+fn written_in_part() -> Error {
+    Error::unsupported("part of a cluster would have to be written")
 }

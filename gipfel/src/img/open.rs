@@ -176,8 +176,11 @@ pub async fn find(graph: &Rc<Graph>, n: Named<'_>) -> Result<Found> {
     if n.share {
         set("force-share", json!(true));
     }
-    if n.alone && def.children.iter().any(|c| c.role == Role::Backing) {
-        set("backing", Value::Null);
+    // What the image names itself is left where it is.
+    for c in def.children.iter().filter(|c| n.alone && !c.required) {
+        if matches!(c.role, Role::Backing | Role::Data) {
+            set(c.name, Value::Null);
+        }
     }
     Ok(Found { options, guessed })
 }

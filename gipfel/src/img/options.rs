@@ -86,6 +86,14 @@ const FORMATS: &[(&str, &[CreateOption])] = &[
             option("compat", "version", COMPAT, None, "Version of the format (v2, v3; 0.10, 1.1)"),
             option("backing_file", "backing-file", Type::Text, None, "File name of the base image"),
             option("backing_fmt", "backing-fmt", Type::Text, None, "Format of the base image"),
+            option("data_file", "data-file", Type::Text, None, "File name of the data file"),
+            option(
+                "data_file_raw",
+                "data-file-raw",
+                Type::Bool,
+                None,
+                "Let the data file be a raw image by itself",
+            ),
             option(
                 "lazy_refcounts",
                 "lazy-refcounts",
@@ -100,8 +108,6 @@ const FORMATS: &[(&str, &[CreateOption])] = &[
                 Some("16"),
                 "Width of a reference count in bits",
             ),
-            option("data_file", "", Type::Missing, None, "External data file"),
-            option("data_file_raw", "", Type::Missing, None, "External data file stays raw"),
             option("encryption", "", Type::Missing, None, "Old encryption"),
             option("encrypt.format", "", Type::Missing, None, "Encryption"),
             option("encrypt.key-secret", "", Type::Missing, None, "Password of the encryption"),

@@ -7,7 +7,7 @@ use super::Check;
 use super::image::PIECE;
 use super::tables::L1;
 use crate::qcow2::geometry::{MAX_HOST_OFFSET, MAX_L1_BYTES};
-use crate::qcow2::header::Extension;
+use crate::qcow2::header::{BITMAPS, Extension, RAW_DATA_FILE};
 
 /// Bytes of a snapshot table entry before its variable part (spec, Snapshot table entry).
 const SNAPSHOT_ENTRY: u64 = 40;
@@ -22,10 +22,6 @@ const MAX_SNAPSHOT_L1: u64 = 1 << 30;
 
 /// The bitmaps extension's type.
 const EXT_BITMAPS: u32 = 0x2385_2875;
-/// Autoclear feature: the bitmaps extension is consistent.
-const BITMAPS: u64 = 1;
-/// Autoclear feature: the external data file is a raw image.
-const RAW_DATA_FILE: u64 = 2;
 /// Where the header says where the snapshot table lies, in bytes.
 const SNAPSHOTS_AT: u64 = 64;
 /// Where the header's autoclear features lie, in bytes.
@@ -54,7 +50,7 @@ impl Check {
         if h.snapshots == 0 && (g.in_cluster(start) != 0 || start >= MAX_HOST_OFFSET) {
             faults.push(format!("header field snapshots_offset is {start:#x}, which is no place"));
         }
-        if h.autoclear & RAW_DATA_FILE != 0 {
+        if h.autoclear & RAW_DATA_FILE != 0 && !g.data_file {
             faults.push("the header speaks of a raw external data file, but there is none".into());
         }
         if h.autoclear & BITMAPS != 0 && self.bitmaps_extension().is_none() {
@@ -72,7 +68,8 @@ impl Check {
         let h = &self.image.header;
         let mut known = BITMAPS | RAW_DATA_FILE;
         if fields {
-            known = if self.bitmaps_extension().is_some() { BITMAPS } else { 0 };
+            known = if self.bitmaps_extension().is_some() { BITMAPS } else { 0 }
+                | if h.geometry.data_file { RAW_DATA_FILE } else { 0 };
             if h.snapshots == 0 && h.snapshots_offset != 0 {
                 self.image.write(SNAPSHOTS_AT, &[0; 8]).await?;
             }

@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn the_new_structures_count_themselves() {
         // 64 refcounts in a block, 64 entries in a cluster of the table.
-        let g = Geometry { cluster_bits: 9, refcount_order: 6 };
+        let g = Geometry::new(9, 6);
         for start in [1, 62, 63, 64, 65, 4095, 4096, 64 * 64 * 64, 64 * 64 * 64 + 63] {
             let p = Place::find(g, start, BTreeSet::from([0])).unwrap();
             let own = start / 64..=(p.end() - 1) / 64;

@@ -8,7 +8,7 @@ use super::Check;
 use super::image::PIECE;
 use super::judge::{self, Judged};
 use super::used::{HARD, ONE, TABLE};
-use crate::qcow2::entry::{COMPRESSED, COPIED};
+use crate::qcow2::entry::{COMPRESSED, COPIED, Entry};
 
 /// An L1 table in the file.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +41,8 @@ pub(super) struct Table {
     pub cluster: u64,
     /// How many L1 entries refer to it.
     pub refs: u64,
+    /// The number of the first one that does.
+    pub index: u64,
 }
 
 /// The numbers that describe the active tables.
@@ -74,8 +76,11 @@ impl Check {
         judge::l1_entry(entry, self.image.bounds, |c| self.used.has(c, HARD))
     }
 
-    fn judge_l2(&self, entry: u64) -> Judged {
-        judge::l2_entry(entry, self.image.bounds, |c| self.used.has(c, HARD))
+    /// Judges entry `i` of a table.
+    fn judge_l2(&self, t: Table, i: usize, entry: Entry) -> Judged {
+        let b = self.image.bounds;
+        let guest = (t.index * b.g.l2_entries() + i as u64) << b.g.cluster_bits;
+        judge::l2_entry(entry, b, guest, |c| self.used.has(c, HARD))
     }
 
     /// Where a table begins, in bytes.
@@ -84,8 +89,10 @@ impl Check {
     }
 
     /// Reads an L2 table; nothing where it has no entry.
-    async fn l2_table(&self, t: Table) -> Result<Option<Vec<u64>>> {
-        self.image.table(self.table_offset(t), self.image.bounds.g.l2_entries()).await
+    async fn l2_table(&self, t: Table) -> Result<Option<Vec<Entry>>> {
+        let g = self.image.bounds.g;
+        let words = self.image.table(self.table_offset(t), g.cluster_words()).await?;
+        Ok(words.map(|w| Entry::list(g, &w).collect()))
     }
 
     /// Reads all L1 tables and lists the L2 tables that they lead to.
@@ -126,7 +133,7 @@ impl Check {
         if !self.used.has(cluster, TABLE) {
             self.used.charge(size_of::<Table>() as u64)?;
             self.used.set(cluster, TABLE)?;
-            self.tables.push(Table { cluster, refs: 0 });
+            self.tables.push(Table { cluster, refs: 0, index });
         }
         Ok(())
     }
@@ -145,20 +152,22 @@ impl Check {
             };
             layout.follows = None;
             let before = self.report.corruptions_fixed;
-            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != 0) {
-                let j = self.judge_l2(entry);
+            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != Entry::default()) {
+                let j = self.judge_l2(t, i, entry);
                 if let Some(fault) = j.fault {
                     self.blind |= j.hides && !self.plan.entries;
                     self.needs.mend = true;
-                    let text = format!("L2 table at {at:#x}, entry {i} ({entry:#x}): {fault}");
+                    let text = format!("L2 table at {at:#x}, entry {i} ({entry}): {fault}");
                     self.fault(self.plan.entries, text);
                 }
                 let Some((first, clusters)) = j.uses else { continue };
                 for c in first..first + clusters {
-                    self.used.add(c, t.refs)?;
+                    if !self.image.bounds.g.data_file {
+                        self.used.add(c, t.refs)?;
+                    }
                 }
                 if n < self.active_tables {
-                    layout.add(j.entry, first);
+                    layout.add(j.entry.word, first);
                 }
             }
             let fixed = self.report.corruptions_fixed - before;
@@ -203,7 +212,8 @@ impl Check {
                 let Ok(Some(piece)) = self.image.table(at, n).await else { continue };
                 for (i, &entry) in piece.iter().enumerate().filter(|(_, e)| **e != 0) {
                     let j = self.judge_l1(entry);
-                    self.compare_flag(j, || format!("{}, entry {}", l1.name(), first + i as u64));
+                    let place = || format!("{}, entry {}", l1.name(), first + i as u64);
+                    self.compare_flag(j, false, place);
                 }
             }
         }
@@ -211,46 +221,49 @@ impl Check {
             let t = self.tables[n];
             let Ok(Some(table)) = self.l2_table(t).await else { continue };
             let at = self.table_offset(t);
-            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != 0) {
-                let j = self.judge_l2(entry);
-                self.compare_flag(j, || format!("L2 table at {at:#x}, entry {i}"));
+            for (i, &entry) in table.iter().enumerate().filter(|(_, e)| **e != Entry::default()) {
+                let j = self.judge_l2(t, i, entry);
+                let external = self.image.bounds.g.data_file;
+                self.compare_flag(j, external, || format!("L2 table at {at:#x}, entry {i}"));
             }
         }
         Ok(())
     }
 
-    fn compare_flag(&mut self, j: Judged, place: impl FnOnce() -> String) {
+    fn compare_flag(&mut self, j: Judged, external: bool, place: impl FnOnce() -> String) {
         if j.fault.is_some() && !self.plan.entries {
             return;
         }
-        let right = self.with_flag(j, true);
+        let right = self.with_flag(j, external, true);
         if right == j.entry {
             return;
         }
-        let set = right & COPIED != 0;
+        let set = right.word & COPIED != 0;
         if set {
             self.needs.set_flags = true;
         } else {
             self.needs.mend = true;
         }
         let (entry, not) = (j.entry, if set { "" } else { "not " });
-        let text = format!("{} ({entry:#x}): the refcount is {not}one, unlike its flag", place());
+        let text = format!("{} ({entry}): the refcount is {not}one, unlike its flag", place());
         self.fault(self.plan.flags, text);
     }
 
     /// The entry with its flag cleared where the refcount is not one and, if `set`, set where it
-    /// is one.
-    fn with_flag(&self, j: Judged, set: bool) -> u64 {
-        match j.uses {
-            Some((cluster, _)) if j.entry & COMPRESSED == 0 => {
-                match (self.used.has(cluster, ONE), set) {
-                    (false, _) => j.entry & !COPIED,
-                    (true, true) => j.entry | COPIED,
-                    (true, false) => j.entry,
+    /// is one. In an `external` data file it always is.
+    fn with_flag(&self, j: Judged, external: bool, set: bool) -> Entry {
+        let word = j.entry.word;
+        let word = match j.uses {
+            Some((cluster, _)) if word & COMPRESSED == 0 => {
+                match (external || self.used.has(cluster, ONE), set) {
+                    (false, _) => word & !COPIED,
+                    (true, true) => word | COPIED,
+                    (true, false) => word,
                 }
             }
-            _ => j.entry,
-        }
+            _ => word,
+        };
+        Entry { word, ..j.entry }
     }
 
     /// Writes the tables as they should be; without `set`, no entry gets its flag.
@@ -258,7 +271,11 @@ impl Check {
         for &l1 in &self.l1 {
             for (at, _, n) in l1.pieces() {
                 let Ok(Some(old)) = self.image.table(at, n).await else { continue };
-                let mend = |&e: &u64| self.mended(e, self.judge_l1(e), l1.active, set, false);
+                let mend = |&e: &u64| {
+                    let entry = Entry { word: e, bitmap: 0 };
+                    self.mended(entry, self.judge_l1(e), l1.active.then_some(false), set, false)
+                        .word
+                };
                 let new: Vec<u64> = old.iter().map(mend).collect();
                 self.image.write_changed(at, &old, &new).await?;
             }
@@ -266,18 +283,32 @@ impl Check {
         for (n, &t) in self.tables.iter().enumerate() {
             let Ok(Some(old)) = self.l2_table(t).await else { continue };
             let (active, shared) = (n < self.active_tables, self.is_shared(t));
-            let mend = |&e: &u64| self.mended(e, self.judge_l2(e), active, set, shared);
-            let new: Vec<u64> = old.iter().map(mend).collect();
+            let active = active.then_some(self.image.bounds.g.data_file);
+            let mend = |(i, e): (usize, &Entry)| {
+                self.mended(*e, self.judge_l2(t, i, *e), active, set, shared)
+            };
+            let new: Vec<Entry> = old.iter().enumerate().map(mend).collect();
+            let words = |list: &[Entry]| Entry::words(self.image.bounds.g, list);
+            let (old, new) = (words(&old), words(&new));
             self.image.write_changed(self.table_offset(t), &old, &new).await?;
         }
         Ok(())
     }
 
-    fn mended(&self, entry: u64, j: Judged, active: bool, set: bool, shared: bool) -> u64 {
-        if entry == 0 || j.fault.is_some() && (shared || !self.plan.entries) {
+    /// An entry as a repair leaves it. `active`: its flag matters, and whether it is external
+    /// (see [`Check::with_flag`]).
+    fn mended(
+        &self,
+        entry: Entry,
+        j: Judged,
+        active: Option<bool>,
+        set: bool,
+        shared: bool,
+    ) -> Entry {
+        if entry == Entry::default() || j.fault.is_some() && (shared || !self.plan.entries) {
             entry
-        } else if active && self.plan.flags {
-            self.with_flag(j, set)
+        } else if let (Some(external), true) = (active, self.plan.flags) {
+            self.with_flag(j, external, set)
         } else {
             j.entry
         }

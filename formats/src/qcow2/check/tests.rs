@@ -118,6 +118,7 @@ fn clean_images_agree() {
         ["compat=0.10", "compression_type=zstd", "lazy_refcounts=on", "preallocation=metadata"]
             .map(String::from),
     );
+    options.extend(["16k", "2M"].map(|c| format!("extended_l2=on,cluster_size={c}")));
     options.push("cluster_size=512,refcount_bits=64".into());
     for o in options {
         let r = agrees(&sample(&s, &o));
@@ -227,6 +228,39 @@ fn usual_damages_agree_and_are_mended() {
             same_content("qcow2", &before, "qcow2", &path);
         }
         agrees(&path);
+    }
+}
+
+/// Damages of subclusters: whether the reference sees them too, and the bitmap that is left.
+const SUBCLUSTERS: [(&str, bool, Damage, u64); 4] = [
+    ("both", true, |d, p| d.put_be(p.l2 + 8, 8, 3 << 32 | 6), 1 << 32 | 6),
+    ("all", true, |d, p| d.put_be(p.l2 + 8, 8, u64::MAX), u32::MAX as u64),
+    ("no place", true, |d, p| d.put_be(p.l2, 8, 0), (u32::MAX as u64) << 32),
+    ("flag", false, |d, p| d.put_be(p.l2, 8, d.get_be(p.l2, 8) | 1), u32::MAX as u64),
+];
+
+#[test]
+fn subclusters_that_contradict_are_mended() {
+    if !have("qemu-img") {
+        return;
+    }
+    let s = Scratch::new("check-subclusters");
+    let path = create(&s, "a.qcow2", "extended_l2=on", "8M", &["write -P 1 0 256k"]);
+    let good = Disk::load(&path);
+    for (name, seen, damage, left) in SUBCLUSTERS {
+        let d = good.copy();
+        damage(&d, &places(&d));
+        d.save(&path);
+        let found = check(&d, Fix::Nothing).unwrap();
+        assert_eq!(found.corruptions, 1, "{name}: {found:?}");
+        if seen {
+            agrees(&path);
+        }
+        let r = check(&d, Fix::All).unwrap();
+        assert_eq!((r.corruptions, r.leaks, r.check_errors), (0, 0, 0), "{name}: {r:#?}");
+        assert_eq!(d.get_be(places(&d).l2 + 8, 8), left, "{name}");
+        d.save(&path);
+        qcow2_is_clean(&path);
     }
 }
 

@@ -11,6 +11,7 @@ use super::disk::{check, close, create, open, shapes};
 use super::model::{Model, SECTOR, Shared, backing_tag, check_all, content, work};
 
 const IMAGE: &str = "image";
+const DATA: &str = "image.data";
 const TASKS: u64 = 3;
 
 pub fn soak<T>(short: T, long: T) -> T {
@@ -32,7 +33,7 @@ impl Case {
         let mut rng = Rng::new(seed);
         let shapes = shapes();
         let mut shape = shapes[rng.below(shapes.len() as u64) as usize].clone();
-        let backing = rng.one_in(2);
+        let backing = rng.one_in(2) && shape["data-file-raw"] != true;
         if backing {
             shape["backing-file"] = json!("base");
         }
@@ -46,6 +47,11 @@ impl Case {
 
     fn size(&self) -> u64 {
         self.shape["size"].as_u64().unwrap()
+    }
+
+    /// Whether the data file is the disk too, read by itself.
+    fn is_raw(&self) -> bool {
+        self.shape["data-file-raw"] == true
     }
 
     fn base(&self) -> Option<&str> {
@@ -72,6 +78,9 @@ impl Case {
         world.run(create(IMAGE, self.shape.clone()));
         let image = world.file(IMAGE).unwrap();
         world.put_file(IMAGE, image);
+        if let Some(data) = world.file(DATA) {
+            world.put_file(DATA, data);
+        }
         world
     }
 
@@ -107,15 +116,22 @@ fn judge(case: &Case, world: &Rc<World>, model: &Model, what: &str) {
         let image = open(IMAGE, case.base(), json!({})).await.unwrap();
         let buf = gipfel_io::Buf::new(case.size() as usize);
         image.read(0, buf.clone()).await.unwrap_or_else(|e| panic!("{what}: {e}"));
-        for (s, got) in (0..model.sectors()).zip(buf.to_vec().chunks(SECTOR as usize)) {
-            assert!(
-                model.may_hold(s, got),
-                "{what}: sector {s} holds {:x?}..., may hold {}",
-                &got[..8],
-                model.describe(s)
-            );
+        holds(model, &buf.to_vec(), what);
+        if case.is_raw() {
+            holds(model, &world.file(DATA).unwrap(), &format!("data file, {what}"));
         }
     });
+}
+
+fn holds(model: &Model, bytes: &[u8], what: &str) {
+    for (s, got) in (0..model.sectors()).zip(bytes.chunks(SECTOR as usize)) {
+        assert!(
+            model.may_hold(s, got),
+            "{what}: sector {s} holds {:x?}..., may hold {}",
+            &got[..8],
+            model.describe(s)
+        );
+    }
 }
 
 #[test]
@@ -128,7 +144,12 @@ fn requests_agree_with_a_model_and_the_image_is_clean() {
             let image = open(IMAGE, case.base(), case.options.clone()).await.unwrap();
             work(&image, &shared, seed, TASKS, case.steps * 4).await;
             check_all(&image, &shared).await;
+            let buf = gipfel_io::Buf::new(case.size() as usize);
+            image.read(0, buf.clone()).await.unwrap();
             close(&image).await.unwrap();
+            if case.is_raw() {
+                assert!(world.file(DATA).unwrap() == buf.to_vec(), "{case:?}: as seen by itself");
+            }
             let r = check(IMAGE).await.unwrap();
             assert_eq!((r.corruptions, r.leaks), (0, 0), "{case:?}: {:#?}", r.findings);
         });

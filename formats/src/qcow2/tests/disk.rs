@@ -100,15 +100,25 @@ pub async fn file(path: &str) -> Arc<Child> {
     Child::new(format!("{path}.root"), Some(Node::new(path.into(), &PLAIN, Box::new(node))))
 }
 
-/// Makes an image in `path`.
-pub async fn create(path: &str, options: Value) {
-    let children = vec![("file".to_owned(), file(path).await)];
+/// Makes an image in `path`, with a data file `path.data` if the option `data` is true.
+pub async fn create(path: &str, mut options: Value) {
+    let mut children = vec![("file".to_owned(), file(path).await)];
+    if options.as_object_mut().unwrap().remove("data").is_some_and(|d| d == true) {
+        children.push(("data-file".to_owned(), file(&format!("{path}.data")).await));
+    }
     let create = QCOW2.create.unwrap();
     create(CreateArgs { options, children }).await.unwrap();
 }
 
 /// An edge to the image in `path`, open for writing, over the file `backing` if there is one.
+///
+/// Where there is a file `path.data`, that is the data file.
 pub async fn open(path: &str, backing: Option<&str>, options: Value) -> Result<Arc<Child>> {
+    let data_path = format!("{path}.data");
+    let data = match File::open(Path::new(&data_path), OpenOptions::default()).await {
+        Ok(_) => file(&data_path).await.node().await,
+        Err(_) => None,
+    };
     let below = match backing {
         Some(b) => file(b).await.node().await,
         None => None,
@@ -117,7 +127,11 @@ pub async fn open(path: &str, backing: Option<&str>, options: Value) -> Result<A
         node_name: path.into(),
         options,
         common: Common { discard: Discard::Unmap, ..Common::default() },
-        children: vec![file(path).await, Child::new("image.backing", below)],
+        children: vec![
+            file(path).await,
+            Child::new("image.backing", below),
+            Child::new("image.data-file", data),
+        ],
     };
     let driver = (QCOW2.open)(args).await?.driver;
     let used = Perm::CONSISTENT_READ | Perm::WRITE;
@@ -145,5 +159,10 @@ pub fn shapes() -> Vec<Value> {
         json!({ "size": 1 << 20, "cluster-size": 4096, "refcount-bits": 16 }),
         json!({ "size": 1 << 20, "cluster-size": 4096, "version": "v2" }),
         json!({ "size": 1 << 20, "cluster-size": 65536, "refcount-bits": 8 }),
+        json!({ "size": 1 << 20, "cluster-size": 16384, "extended-l2": true }),
+        json!({ "size": (1 << 20) + 1536, "cluster-size": 65536, "extended-l2": true }),
+        json!({ "size": 1 << 20, "cluster-size": 4096, "data": true }),
+        json!({ "size": 300 << 10, "cluster-size": 1024, "data": true, "data-file-raw": true }),
+        json!({ "size": 1 << 20, "cluster-size": 16384, "data": true, "extended-l2": true }),
     ]
 }

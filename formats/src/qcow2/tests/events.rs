@@ -114,7 +114,11 @@ impl Image {
             node_name: path.into(),
             options: json!({}),
             common: Common { discard: Discard::Unmap, ..Common::default() },
-            children: vec![ear, Child::new("image.backing", below)],
+            children: vec![
+                ear,
+                Child::new("image.backing", below),
+                Child::new("image.data-file", None),
+            ],
         };
         let driver = (QCOW2.open)(args).await.unwrap().driver;
         let used = Perm::CONSISTENT_READ | Perm::WRITE;

@@ -15,7 +15,11 @@ fn image(s: &Scratch, rng: &mut Rng) -> String {
 
 fn try_image(s: &Scratch, rng: &mut Rng) -> String {
     let v2 = rng.one_in(4);
-    let cluster = *rng.pick(&["512", "1k", "4k", "64k"]);
+    let extended = !v2 && rng.one_in(3);
+    let cluster = match extended {
+        true => *rng.pick(&["16k", "64k"]),
+        false => *rng.pick(&["512", "1k", "4k", "64k"]),
+    };
     let bits = if v2 { 16 } else { *rng.pick(&[1, 2, 4, 8, 16, 32, 64]) };
     let mut options = format!("cluster_size={cluster},refcount_bits={bits}");
     options += match (v2, rng.below(3)) {
@@ -24,11 +28,15 @@ fn try_image(s: &Scratch, rng: &mut Rng) -> String {
         (_, 1) => ",lazy_refcounts=on",
         _ => "",
     };
+    if extended {
+        options += ",extended_l2=on";
+    }
     let path = create(s, "random.qcow2", &options, "4M", &[]);
     for round in 0..2 {
         let commands: Vec<String> = (0..rng.between(1, 8))
             .map(|_| {
-                let (at, len) = (rng.below(60) * 64, rng.between(1, 4) * 64);
+                let unit = if extended { *rng.pick(&[1, 64]) } else { 64 };
+                let (at, len) = (rng.below(60) * 64 / unit * unit, rng.between(1, 4) * unit);
                 match rng.below(5) {
                     0 => format!("write -z {at}k {len}k"),
                     1 => format!("discard {at}k {len}k"),
@@ -193,6 +201,6 @@ fn what_is_no_image_is_refused() {
     }
     let d = Disk::sparse(1 << 20);
     header(&d, 16, 4, 1 << 20, (3 << 16, 1), (1 << 16, 1));
-    d.put_be(72, 8, 4);
+    d.put_be(72, 8, 1 << 5);
     assert_eq!(check(&d, Fix::All).unwrap_err().kind(), ErrorKind::Unsupported);
 }
