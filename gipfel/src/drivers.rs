@@ -5,11 +5,12 @@ use std::sync::Arc;
 use gipfel_base::{Error, Result};
 use gipfel_filters::{
     BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
-    SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
+    SNAPSHOT_ACCESS, THROTTLE, blkdebug, blkverify, copy_on_read, detect_zeroes, quorum,
 };
 use gipfel_formats::{LUKS, luks, qcow2, raw};
 use gipfel_graph::{ImplicitFilters, Registry};
 use gipfel_node::{DriverDef, ImageSize, Reports};
+use gipfel_protocols::null;
 use serde_json::Value;
 
 use crate::daemon::objects::Objects;
@@ -74,6 +75,10 @@ pub fn registry(objects: &Objects, reports: &Arc<Reports>) -> Registry {
             Box::new(move |args| quorum::open_reporting(args, reports.clone())),
         )
         .with_opener(LUKS.name, Box::new(move |args| luks::open(args, secrets.clone())))
+        .with_file_names(BLKDEBUG.name, blkdebug::read_name)
+        .with_file_names(BLKVERIFY.name, blkverify::read_name)
+        .with_file_names(gipfel_protocols::NULL_CO.name, null::read_name)
+        .with_file_names(gipfel_protocols::NULL_AIO.name, null::read_name)
         .with_throttle(
             &THROTTLE,
             Box::new(move |child, group, owner| making.make(child, group, owner)),

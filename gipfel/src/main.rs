@@ -4,9 +4,11 @@
 mod daemon;
 mod demo;
 mod drivers;
+mod exerciser;
 mod graph;
 mod img;
 mod nbd;
+mod overlay;
 mod serve;
 
 use std::path::Path;
@@ -28,31 +30,38 @@ fn cli() -> Command {
         .subcommand(serve::command())
         .subcommand(graph::command())
         .subcommand(img::command("img"))
+        .subcommand(exerciser::command("io"))
         .subcommand(nbd::command("nbd"))
         .subcommand(daemon::cli::command("storage-daemon"))
 }
 
-fn main() -> ExitCode {
-    let args: Vec<_> = std::env::args_os().collect();
-    let matches = match called().as_deref() {
-        Some("qemu-storage-daemon") => {
-            daemon::cli::command("qemu-storage-daemon").try_get_matches_from(args).map(|m| {
-                let name = "storage-daemon".to_owned();
-                (name, m)
-            })
+/// The name by which the program was called, without its folder.
+fn called() -> String {
+    let name = std::env::args_os().next();
+    let name = name.and_then(|a| Path::new(&a).file_name()?.to_str().map(str::to_owned));
+    name.unwrap_or_else(|| "gipfel".to_owned())
+}
+
+/// The command line that the program was called with: a command of ours and its options.
+fn matches() -> clap::error::Result<(String, ArgMatches)> {
+    let args = std::env::args_os();
+    let (name, command) = match &*called() {
+        "qemu-storage-daemon" => ("storage-daemon", daemon::cli::command("qemu-storage-daemon")),
+        "qemu-img" => ("img", img::command("qemu-img")),
+        "qemu-io" => ("io", exerciser::command("qemu-io")),
+        "qemu-nbd" => ("nbd", nbd::command("qemu-nbd")),
+        _ => {
+            return cli().try_get_matches_from(args).map(|m| match m.subcommand() {
+                Some((name, m)) => (name.to_owned(), m.clone()),
+                None => (String::new(), m),
+            });
         }
-        Some("qemu-img") => {
-            img::command("qemu-img").try_get_matches_from(args).map(|m| ("img".to_owned(), m))
-        }
-        Some("qemu-nbd") => {
-            nbd::command("qemu-nbd").try_get_matches_from(args).map(|m| ("nbd".to_owned(), m))
-        }
-        _ => cli().try_get_matches_from(args).map(|m| match m.subcommand() {
-            Some((name, m)) => (name.to_owned(), m.clone()),
-            None => (String::new(), m),
-        }),
     };
-    let (name, matches) = match matches {
+    command.try_get_matches_from(args).map(|m| (name.to_owned(), m))
+}
+
+fn main() -> ExitCode {
+    let (name, matches) = match matches() {
         Ok(m) => m,
         Err(e) => {
             // Help and version go to standard output and are no failure.
@@ -69,15 +78,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// The name by which the program was called.
-fn called() -> Option<String> {
-    let first = std::env::args_os().next()?;
-    Path::new(&first).file_name()?.to_str().map(str::to_owned)
-}
-
 /// Tells an error on standard error.
 fn complain(e: &Error) {
-    eprintln!("{}: {e}", called().as_deref().unwrap_or("gipfel"));
+    eprintln!("{}: {e}", called());
 }
 
 fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
@@ -85,6 +88,7 @@ fn run(name: &str, m: &ArgMatches) -> Result<ExitCode> {
         "demo" => demo::run()?,
         "graph" => graph::run(m)?,
         "img" => return img::run(m),
+        "io" => return exerciser::run(m),
         "nbd" => nbd::run(m)?,
         "serve" => serve::run(m)?,
         "storage-daemon" => daemon::run(&daemon::cli::config(m)?)?,

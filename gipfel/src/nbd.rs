@@ -16,8 +16,9 @@ use gipfel_io::{Runtime, spawn_local};
 use serde_json::{Map, Value, json};
 
 use crate::daemon::cli::default_io_threads;
-use crate::daemon::{Daemon, Setup, backends, drive};
+use crate::daemon::{Daemon, Setup, backends};
 use crate::img::open::{Cache, Named, find, guard_guess};
+use crate::overlay;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -209,7 +210,7 @@ async fn add_disk(d: &Rc<Daemon>, m: &ArgMatches) -> Result<NewExport> {
     };
     d.graph.drive_add(options, node).await?;
     if m.get_flag("snapshot") {
-        drive::overlay(d, BACKEND).await?;
+        overlay::add(&d.graph, BACKEND).await?;
     }
     Ok(NewExport {
         id: BACKEND.to_owned(),

@@ -213,6 +213,13 @@ impl Backend {
         self.settle(Operation::Write, || self.root.flush()).await
     }
 
+    /// Makes the medium `size` bytes long. For a client that holds the permission to resize.
+    pub async fn resize(&self, size: u64) -> Result<()> {
+        self.check_writable()?;
+        let node = self.root.node().await.ok_or_else(|| self.no_medium())?;
+        node.driver().resize(size).await
+    }
+
     /// What a reader finds in the first bytes of `range`, backing chain included, and how many
     /// overlays were passed.
     pub async fn status(&self, range: ByteRange) -> Result<(Status, u32)> {

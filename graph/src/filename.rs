@@ -1,9 +1,68 @@
-//! File names as images and people write them: plain paths, `file:` paths, `json:` options.
+//! File names as images and people write them: plain paths, `file:` paths, `json:` options, and
+//! `DRIVER:REST` where a driver reads such names.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use gipfel_base::{Error, Result};
-use serde_json::{Map, Value};
+use gipfel_base::limits::MAX_CHAIN_DEPTH;
+use gipfel_base::{Error, ErrorKind, Result, ResultExt};
+use gipfel_node::{IoFuture, Kind, NameFor};
+use serde_json::{Map, Value, json};
+
+use crate::graph::Graph;
+
+/// What a file name means.
+pub struct NameMeans {
+    /// The options of the node that it names.
+    pub options: Map<String, Value>,
+    /// Whether that is a whole image, so that no format is looked for in it.
+    pub is_image: bool,
+}
+
+impl Graph {
+    /// What the file name `name` means.
+    pub async fn name_means(self: &Rc<Self>, name: &str) -> Result<NameMeans> {
+        self.name_at(name, 0).await
+    }
+
+    fn name_at<'a>(self: &'a Rc<Self>, name: &'a str, depth: usize) -> IoFuture<'a, NameMeans> {
+        Box::pin(async move {
+            let registry = self.registry();
+            let prefix = name.split_once(':');
+            let Some((read, rest)) =
+                prefix.and_then(|(p, rest)| Some((registry.file_names(p)?, rest)))
+            else {
+                let options = options(name, registry.file_protocol)?;
+                let driver = options.get("driver").and_then(Value::as_str).unwrap_or_default();
+                let is_json = name.starts_with("json:");
+                let is_image = is_json && registry.get(driver)?.kind != Kind::Protocol;
+                return Ok(NameMeans { options, is_image });
+            };
+            if depth > MAX_CHAIN_DEPTH {
+                let text = format!("a file name stands for more than {MAX_CHAIN_DEPTH} nodes");
+                return Err(Error::new(ErrorKind::Limit, text));
+            }
+            let (driver, read) = read;
+            let said = read(rest).at(|| format!("'{name}'"))?;
+            let mut options = said.options;
+            options.insert("driver".into(), driver.into());
+            for (child, name, taken_for) in said.children {
+                let mut means = self.name_at(&name, depth + 1).await?;
+                if taken_for == NameFor::Image && !means.is_image {
+                    let format = self.probe(means.options.clone()).await?;
+                    means.options = over(format, means.options);
+                }
+                options.insert(child.into(), Value::Object(means.options));
+            }
+            Ok(NameMeans { options, is_image: false })
+        })
+    }
+}
+
+/// The options of a node of driver `format` over an inline protocol node.
+pub(crate) fn over(format: &str, protocol: Map<String, Value>) -> Map<String, Value> {
+    Map::from_iter([("driver".to_owned(), json!(format)), ("file".to_owned(), protocol.into())])
+}
 
 /// What a file name means: the options of the protocol node (or of a whole node) it names.
 pub(crate) fn options(name: &str, file_protocol: &str) -> Result<Map<String, Value>> {

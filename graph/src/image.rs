@@ -12,7 +12,6 @@ use gipfel_node::{
 };
 use serde_json::{Map, Value, json};
 
-use crate::filename;
 use crate::graph::Graph;
 use crate::model::{Model, NodeId};
 use crate::open::Tree;
@@ -55,7 +54,7 @@ impl Graph {
         let mut options = options;
         let driver = options.remove("driver");
         let def = self.registry.get(driver.as_ref().and_then(Value::as_str).unwrap_or_default())?;
-        let node = filename::options(name, self.registry.file_protocol)?;
+        let node = self.name_means(name).await?.options;
         let protocol = node.get("driver").and_then(Value::as_str).unwrap_or_default();
         let protocol = self.registry.get(protocol)?;
         let path = node.get("filename").and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -74,7 +73,7 @@ impl Graph {
         for spec in def.children.iter().filter(|c| c.name != "file") {
             let Some(v) = options.remove(spec.name) else { continue };
             let name = v.as_str().unwrap_or_default();
-            let node = filename::options(name, self.registry.file_protocol)?;
+            let node = self.name_means(name).await?.options;
             let path = node.get("filename").and_then(Value::as_str).unwrap_or_default().to_owned();
             if node.get("driver").and_then(Value::as_str) != Some(protocol.name) {
                 let text = format!("'{}' must be a file: '{name}' is none", spec.name);

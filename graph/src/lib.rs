@@ -34,7 +34,7 @@ pub use backend::{Backend, Follow};
 pub use backends::Tray;
 pub use copies::ChildChange;
 pub use faults::{Faults, IoStatus, OnError, Operation};
-pub use filename::{nest, relative_to};
+pub use filename::{NameMeans, nest, relative_to};
 pub use graph::{BackendOptions, Graph};
 pub use group::Action;
 pub use job_filter::{JobFilter, JobFilterSpec, MakeJobFilter};

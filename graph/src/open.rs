@@ -16,7 +16,7 @@ use gipfel_node::{
 use serde_json::{Map, Value};
 
 use crate::copies::copy_name;
-use crate::filename;
+use crate::filename::{self, NameMeans, over};
 use crate::graph::{Filter, Graph};
 use crate::model::{Draft, EdgeInfo, Model, NodeId, NodeInfo, Owner, Parent};
 use crate::registry::ZeroDetection;
@@ -251,11 +251,9 @@ impl Graph {
             )));
         }
         below.common = Common { read_only: true, auto_read_only: false, ..below.common };
-        let protocol = filename::options(&name, self.registry.file_protocol)?;
-        let driver = protocol.get("driver").and_then(Value::as_str).unwrap_or_default();
-        let whole = self.registry.get(driver)?.kind != Kind::Protocol;
+        let NameMeans { options: protocol, is_image } = self.name_means(&name).await?;
         let options = match &i.format {
-            _ if whole => protocol,
+            _ if is_image => protocol,
             Some(f) if self.registry.get(f)?.kind == Kind::Protocol => protocol,
             Some(f) => over(f, protocol),
             None => {
@@ -273,14 +271,13 @@ impl Graph {
         name: &str,
         format: Option<&str>,
     ) -> Result<(Map<String, Value>, bool)> {
-        let protocol = filename::options(name, self.registry.file_protocol)?;
-        let driver = protocol.get("driver").and_then(Value::as_str).unwrap_or_default();
-        if name.starts_with("json:") && self.registry.get(driver)?.kind != Kind::Protocol {
+        let NameMeans { options: protocol, is_image } = self.name_means(name).await?;
+        if is_image {
             return Ok((protocol, false));
         }
         if let Some(f) = format {
-            let kind = self.registry.get(f)?.kind;
-            let whole = kind == Kind::Protocol;
+            let named = protocol.get("driver").and_then(Value::as_str);
+            let whole = named == Some(f) || self.registry.get(f)?.kind == Kind::Protocol;
             return Ok((if whole { protocol } else { over(f, protocol) }, false));
         }
         let found = self.probe(protocol.clone()).await?;
@@ -410,14 +407,6 @@ fn inherit_common(def: &DriverDef, c: Common) -> Common {
         Kind::Format => Common { discard: Discard::Unmap, ..c },
         _ => c,
     }
-}
-
-/// The options of a node of driver `format` over an inline protocol node.
-fn over(format: &str, protocol: Map<String, Value>) -> Map<String, Value> {
-    let mut m = Map::new();
-    m.insert("driver".into(), format.into());
-    m.insert("file".into(), Value::Object(protocol));
-    m
 }
 
 /// The file name of the image below an edge, as far as it has one.

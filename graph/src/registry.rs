@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use gipfel_base::{Error, ErrorKind, Result};
-use gipfel_node::{Child, Driver, DriverDef, IoFuture, OpenArgs, Opened};
+use gipfel_node::{Child, Driver, DriverDef, IoFuture, OpenArgs, Opened, ReadName};
 
 /// What happens to writes of zeros that a client sends as data (option detect-zeroes).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,6 +52,7 @@ pub type MakeThrottle = Box<dyn Fn(Arc<Child>, &str, &str) -> Result<Box<dyn Dri
 pub struct Registry {
     drivers: BTreeMap<&'static str, &'static DriverDef>,
     openers: BTreeMap<&'static str, Opener>,
+    names: BTreeMap<&'static str, ReadName>,
     throttle: Option<(&'static DriverDef, MakeThrottle)>,
     /// The filters that options put into the graph.
     pub implicit: ImplicitFilters,
@@ -70,8 +71,8 @@ impl Registry {
         raw_format: &'static str,
     ) -> Registry {
         let drivers = drivers.iter().map(|d| (d.name, *d)).collect();
-        let (openers, throttle) = (BTreeMap::new(), None);
-        Registry { drivers, openers, throttle, implicit, file_protocol, raw_format }
+        let (openers, names, throttle) = (BTreeMap::new(), BTreeMap::new(), None);
+        Registry { drivers, openers, names, throttle, implicit, file_protocol, raw_format }
     }
 
     /// Lets `opener` open the driver `name` in place of the driver's own function.
@@ -79,6 +80,18 @@ impl Registry {
     pub fn with_opener(mut self, name: &'static str, opener: Opener) -> Registry {
         self.openers.insert(name, opener);
         self
+    }
+
+    /// Lets file names `NAME:REST` mean the driver `name`.
+    #[must_use]
+    pub fn with_file_names(mut self, name: &'static str, read: ReadName) -> Registry {
+        self.names.insert(name, read);
+        self
+    }
+
+    /// What reads the rest of the file names that begin with `prefix` and a colon.
+    pub(crate) fn file_names(&self, prefix: &str) -> Option<(&'static str, ReadName)> {
+        self.names.get_key_value(prefix).map(|(name, read)| (*name, *read))
     }
 
     /// Gives backends an implicit throttle: its definition and how to make one.

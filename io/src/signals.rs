@@ -43,6 +43,15 @@ impl Signals {
     }
 }
 
+/// Sends this thread the signal `number`.
+pub fn raise(number: i32) -> Result<()> {
+    // SAFETY: raise takes no pointers.
+    match unsafe { libc::raise(number) } {
+        0 => Ok(()),
+        _ => Err(Error::from(std::io::Error::last_os_error()).context(format!("signal {number}"))),
+    }
+}
+
 /// The signals that ask a process to end: SIGTERM, SIGINT, SIGHUP.
 pub const TERMINATION: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 

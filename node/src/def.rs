@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
+use gipfel_base::Result;
+use serde_json::{Map, Value};
 
 use crate::check::{CheckArgs, CheckReport};
 use crate::child::Child;
@@ -101,6 +102,27 @@ pub struct CreateArgs {
     /// The edges to the nodes that are given as `file`, `data-file`.
     pub children: Vec<(String, Arc<Child>)>,
 }
+
+/// What a file name is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NameFor {
+    /// Storage: no format is looked for in it.
+    Storage,
+    /// An image: its format is looked for.
+    Image,
+}
+
+/// What a file name of the form `DRIVER:REST` says.
+#[derive(Clone, Debug, Default)]
+pub struct FromName {
+    /// The driver's own options.
+    pub options: Map<String, Value>,
+    /// Its children, by further file names.
+    pub children: Vec<(&'static str, String, NameFor)>,
+}
+
+/// Reads the `REST` of a file name `DRIVER:REST`.
+pub type ReadName = fn(&str) -> Result<FromName>;
 
 /// A driver as the registry holds it.
 pub struct DriverDef {

@@ -132,6 +132,8 @@ pub struct DriverInfo {
     pub allocated: Option<u64>,
     /// Cluster size of the format, in bytes.
     pub cluster_size: Option<u32>,
+    /// Where the state of a virtual machine would begin, past the end of the disk, in bytes.
+    pub vm_state: Option<u64>,
     /// The backing file's name and format as the image has them.
     pub backing: Option<(String, Option<String>)>,
     /// Whether the image says that it was not closed properly.

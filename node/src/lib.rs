@@ -27,7 +27,8 @@ pub use child::Child;
 pub use copies::{Copies, CopySet};
 pub use debug::{DebugEvent, Debugger, Held};
 pub use def::{
-    ChildSpec, Common, CreateArgs, Discard, DriverDef, Implicit, Kind, OpenArgs, Opened,
+    ChildSpec, Common, CreateArgs, Discard, DriverDef, FromName, Implicit, Kind, NameFor, OpenArgs,
+    Opened, ReadName,
 };
 pub use driver::{
     Ability, Access, Driver, DriverInfo, IoFuture, Limits, Mapping, Reopen, WriteFlags, ZeroFlags,

@@ -1,4 +1,6 @@
 //! Breakpoints: requests that reach one wait until somebody lets them go on.
+//!
+//! Both are told on standard output, in the words that scripts for the reference look for.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -28,7 +30,9 @@ struct State {
 impl State {
     /// Lets the request at `index` go on.
     fn release(&mut self, index: usize) {
-        if let Some(w) = self.waiting.remove(index).waker {
+        let request = self.waiting.remove(index);
+        println!("blkdebug: Resuming request '{}'", request.tag);
+        if let Some(w) = request.waker {
             w.wake();
         }
     }
@@ -86,6 +90,7 @@ impl Breaks {
             state.last_id += 1;
             ids.push(state.last_id);
             let id = state.last_id;
+            println!("blkdebug: Suspended request '{tag}'");
             state.waiting.push(Waiting { id, tag, waker: None });
         }
         if ids.is_empty() {

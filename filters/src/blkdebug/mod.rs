@@ -18,8 +18,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use gipfel_base::{ByteRange, Error, ErrorKind, Result, ResultExt};
 use gipfel_io::{Buf, File, OpenOptions, RangeLock, yield_now};
 use gipfel_node::{
-    Access, Binding, ChildSpec, DebugEvent, Debugger, DriverDef, Held, IoFuture, Kind, Limits,
-    Mapping, OpenArgs, Opened, Perm, Perms, Role, Status, WriteFlags, ZeroFlags,
+    Access, Binding, ChildSpec, DebugEvent, Debugger, DriverDef, FromName, Held, IoFuture, Kind,
+    Limits, Mapping, NameFor, OpenArgs, Opened, Perm, Perms, Role, Status, WriteFlags, ZeroFlags,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -95,6 +95,19 @@ async fn open(args: OpenArgs) -> Result<Opened> {
         unshare: perms(&options.unshare_child_perms)?,
     };
     Ok(Opened { driver: Filtered::open(args.children, filter).await?, implicit: Vec::new() })
+}
+
+/// Reads the rest of a file name `blkdebug:[CONFIG]:IMAGE`: a file of rules, and the storage that
+/// it stands on.
+pub fn read_name(rest: &str) -> Result<FromName> {
+    let (config, image) = rest.split_once(':').ok_or_else(|| {
+        Error::invalid("two parts are missing: blkdebug:[FILE OF RULES]:FILE NAME OF THE IMAGE")
+    })?;
+    let config = (!config.is_empty()).then(|| ("config".to_owned(), config.into()));
+    Ok(FromName {
+        options: config.into_iter().collect(),
+        children: vec![("image", image.to_owned(), NameFor::Storage)],
+    })
 }
 
 async fn read_config(name: &str) -> Result<Config> {

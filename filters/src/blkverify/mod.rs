@@ -11,8 +11,8 @@ mod tests;
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::{Buf, RangeLock};
 use gipfel_node::{
-    Access, Binding, Child, ChildSpec, DriverDef, IoFuture, Kind, Mapping, OpenArgs, Opened, Role,
-    WriteFlags, ZeroFlags,
+    Access, Binding, Child, ChildSpec, DriverDef, FromName, IoFuture, Kind, Mapping, NameFor,
+    OpenArgs, Opened, Role, WriteFlags, ZeroFlags,
 };
 use serde_json::Value;
 
@@ -49,6 +49,16 @@ async fn open(args: OpenArgs) -> Result<Opened> {
     }
     let filter = Blkverify { name: args.node_name, held: RangeLock::new() };
     Ok(Opened { driver: Filtered::open(args.children, filter).await?, implicit: Vec::new() })
+}
+
+/// Reads the rest of a file name `blkverify:RAW:TEST`: storage, and an image of any format.
+pub fn read_name(rest: &str) -> Result<FromName> {
+    let (raw, test) = rest.split_once(':').ok_or_else(|| {
+        Error::invalid("two parts are missing: blkverify:FILE NAME OF 'raw':FILE NAME OF 'test'")
+    })?;
+    let children =
+        vec![("raw", raw.to_owned(), NameFor::Storage), ("test", test.to_owned(), NameFor::Image)];
+    Ok(FromName { children, ..FromName::default() })
 }
 
 fn check(options: &Value) -> Result<()> {

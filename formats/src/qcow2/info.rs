@@ -60,6 +60,8 @@ impl Qcow2 {
             filename: None,
             allocated: None,
             cluster_size: Some(self.g.cluster_size() as u32),
+            // It lies where the L1 entries past those of the disk point.
+            vm_state: Some(self.g.l1_entries(h.size) * self.g.l1_reach()),
             backing: h.backing.clone().map(|b| (b, h.backing_format.clone())),
             dirty: Some(h.incompatible & DIRTY != 0),
             encrypted: false,

@@ -169,6 +169,19 @@ fn refuse_header(first: &Buf) -> Result<()> {
 }
 
 impl Raw {
+    /// The first sector as a write would leave it.
+    async fn first_sector_with(&self, offset: u64, buf: &Buf) -> Result<Buf> {
+        let end = offset + buf.len() as u64;
+        let first = Buf::zeroed(SECTOR.min(self.size().max(end)) as usize);
+        if offset > 0 || end < first.len() as u64 {
+            let stored = first.slice(0..first.len().min(self.size() as usize));
+            self.child().read(self.offset, stored).await?;
+        }
+        let part = first.slice(offset as usize..first.len().min(end as usize));
+        part.copy_from_buf(0, &buf.slice(0..part.len()));
+        Ok(first)
+    }
+
     fn child(&self) -> &Child {
         &self.children[0]
     }
@@ -230,8 +243,8 @@ impl Driver for Raw {
 
     fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
         Box::pin(async move {
-            if self.options.guessed && offset == 0 {
-                refuse_header(&buf)?;
+            if self.options.guessed && offset < SECTOR {
+                refuse_header(&self.first_sector_with(offset, &buf).await?)?;
             }
             let r = self.down(ByteRange::new(offset, buf.len() as u64))?;
             self.child().write(r.start(), buf, flags).await

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use gipfel_base::{Error, Result, ResultExt};
 use gipfel_filters::Limits;
-use gipfel_graph::{BackendOptions, SnapshotSync};
+use gipfel_graph::BackendOptions;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::img::open::guard_guess;
+use crate::overlay;
 
 use super::{Daemon, backends, throttle};
 
@@ -51,7 +52,7 @@ pub async fn add(d: &Rc<Daemon>, given: Map<String, Value>) -> Result<()> {
         Some("cdrom") => true,
         Some(m) => return Err(Error::invalid(format!("media '{m}' is neither disk nor cdrom"))),
     };
-    let name = o.id.clone().unwrap_or_else(|| next_name("drive"));
+    let name = o.id.clone().unwrap_or_else(next_name);
     let at = || format!("drive '{name}'");
     let read_only = cdrom || o.read_only || o.readonly;
     let options = BackendOptions {
@@ -92,7 +93,7 @@ pub async fn add(d: &Rc<Daemon>, given: Map<String, Value>) -> Result<()> {
         if let Some(g) = group.filter(|_| !limits.is_unlimited()) {
             d.objects.groups().get(&g)?.set_limits(limits)?;
         }
-        if o.snapshot { overlay(d, &name).await } else { Ok(()) }
+        if o.snapshot { overlay::add(&d.graph, &name).await } else { Ok(()) }
     };
     let done = rest.await;
     if done.is_err() {
@@ -101,9 +102,9 @@ pub async fn add(d: &Rc<Daemon>, given: Map<String, Value>) -> Result<()> {
     done.at(at)
 }
 
-fn next_name(what: &str) -> String {
+fn next_name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!("{what}{}", NEXT.fetch_add(1, Ordering::Relaxed))
+    format!("drive{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 fn drive_info(given: &Map<String, Value>) -> Map<String, Value> {
@@ -149,21 +150,4 @@ async fn node_options(
         f.insert("aio".into(), json!(aio));
     }
     Ok(node)
-}
-
-/// Puts an overlay over the drive's medium whose file has no name any more once it is open.
-pub async fn overlay(d: &Daemon, name: &str) -> Result<()> {
-    let dir = std::env::var_os("TMPDIR").unwrap_or_else(|| "/var/tmp".into());
-    let file = format!("gipfel-{}-{}", std::process::id(), next_name("overlay"));
-    let path = std::path::Path::new(&dir).join(file).to_string_lossy().into_owned();
-    let snapshot = SnapshotSync {
-        disk: name.to_owned(),
-        file: path.clone(),
-        node_name: None,
-        format: "qcow2".into(),
-        existing: false,
-    };
-    d.graph.blockdev_snapshot_sync(&snapshot).await?;
-    std::fs::remove_file(&path)
-        .map_err(|e| Error::from(e).context(format!("the temporary overlay '{path}'")))
 }

@@ -139,7 +139,7 @@ fn sizes(t: &mut String, indent: &str, label: &str, info: &Value) {
 }
 
 /// What only the format knows, if it is more than nothing.
-fn specific(t: &mut String, indent: &str, info: &Value) {
+pub fn specific(t: &mut String, indent: &str, info: &Value) {
     match info.pointer("/format-specific/data") {
         Some(Value::Object(m)) if !m.is_empty() => {
             let _ = writeln!(t, "{indent}Format specific information:");

@@ -12,14 +12,14 @@ mod convert;
 mod copy;
 mod create;
 mod dd;
-mod info;
+pub mod info;
 mod map;
 mod measure;
 pub mod open;
-mod options;
+pub mod options;
 mod progress;
 mod rebase;
-mod resize;
+pub mod resize;
 mod sparse;
 mod view;
 
@@ -129,7 +129,7 @@ fn subcommand(name: &'static str, about: &'static str, examples: &'static str) -
         )
 }
 
-fn flag(name: &'static str, short: Option<char>, help: &'static str) -> Arg {
+pub fn flag(name: &'static str, short: Option<char>, help: &'static str) -> Arg {
     let a = Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
     match short {
         Some(c) => a.short(c),
@@ -137,7 +137,12 @@ fn flag(name: &'static str, short: Option<char>, help: &'static str) -> Arg {
     }
 }
 
-fn value(name: &'static str, short: Option<char>, value: &'static str, help: &'static str) -> Arg {
+pub fn value(
+    name: &'static str,
+    short: Option<char>,
+    value: &'static str,
+    help: &'static str,
+) -> Arg {
     let a = Arg::new(name).long(name).value_name(value).allow_hyphen_values(true).help(help);
     match short {
         Some(c) => a.short(c),
@@ -145,16 +150,16 @@ fn value(name: &'static str, short: Option<char>, value: &'static str, help: &'s
     }
 }
 
-fn text<'a>(m: &'a ArgMatches, name: &str) -> Option<&'a str> {
+pub fn text<'a>(m: &'a ArgMatches, name: &str) -> Option<&'a str> {
     m.get_one::<String>(name).map(String::as_str)
 }
 
-fn texts<'a>(m: &'a ArgMatches, name: &str) -> impl Iterator<Item = &'a str> {
+pub fn texts<'a>(m: &'a ArgMatches, name: &str) -> impl Iterator<Item = &'a str> {
     m.get_many::<String>(name).into_iter().flatten().map(String::as_str)
 }
 
 /// The objects that a command's `--object` options make.
-fn objects(m: &ArgMatches) -> Result<Objects> {
+pub fn objects(m: &ArgMatches) -> Result<Objects> {
     let (schema, objects) = (Schema::builtin()?, Objects::default());
     for text in texts(m, "object") {
         let style = Style { implied: Some("qom-type"), switches: false };
@@ -216,7 +221,7 @@ fn output(m: &ArgMatches) -> Result<Output> {
 }
 
 /// Writes to standard output. That nobody reads it any more is no failure.
-fn print(text: &str) -> Result<()> {
+pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -229,7 +234,7 @@ fn to_json(v: &Value) -> String {
 }
 
 /// Rounds a size up to whole sectors, in which the tool that this stands for counts.
-fn whole_sectors(bytes: u64) -> u64 {
+pub fn whole_sectors(bytes: u64) -> u64 {
     let sector = gipfel_base::units::SECTOR;
     bytes.checked_next_multiple_of(sector).unwrap_or(bytes)
 }

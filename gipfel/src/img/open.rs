@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::ArgMatches;
 use gipfel_base::{Error, Result, ResultExt};
-use gipfel_graph::{Backend, BackendOptions, Graph, nest};
+use gipfel_graph::{Backend, BackendOptions, Graph, Registry, nest};
 use gipfel_node::{Kind, Node, Role};
 use gipfel_qmp::keyval::{Style, parse};
 use gipfel_qmp::{Form, Schema};
@@ -30,6 +30,10 @@ pub struct Named<'a> {
     pub resize: bool,
     /// Whether its backing image is left out.
     pub alone: bool,
+    /// What discards do where it is written (default: unmap).
+    pub discard: Option<&'a str>,
+    /// Options of its node beside the name, as option text; they may say the format.
+    pub options: &'a str,
 }
 
 /// A cache mode of the command line.
@@ -102,11 +106,14 @@ pub struct Image {
     pub guessed_raw: bool,
 }
 
+/// The option by which the format `raw` is told so.
+pub const GUESSED: &str = "guessed";
+
 /// Has the format `raw` refuse, where it was `guessed` and is going to be written, what would make
 /// another format's image of it.
 pub fn guard_guess(options: &mut Map<String, Value>, guessed: bool) {
     if guessed && options.get("driver").and_then(Value::as_str) == Some("raw") {
-        options.insert("guessed".into(), json!(true));
+        options.insert(GUESSED.into(), json!(true));
     }
 }
 
@@ -155,7 +162,9 @@ pub async fn find(graph: &Rc<Graph>, n: Named<'_>) -> Result<Found> {
         let Value::Object(m) = parse(n.name, Style::default())? else {
             return Err(Error::invalid("image options are key=value pairs"));
         };
-        complete(graph, n, m, Form::Text).await?
+        complete(graph, n, m, Form::Sizes).await?
+    } else if !n.options.is_empty() {
+        beside_name(graph, n).await?
     } else if let Some(text) = n.name.strip_prefix("json:") {
         let Value::Object(m) = gipfel_qmp::json::parse(text)? else {
             return Err(Error::invalid("what follows 'json:' is no object"));
@@ -171,7 +180,7 @@ pub async fn find(graph: &Rc<Graph>, n: Named<'_>) -> Result<Found> {
     set("read-only", json!(!n.writable));
     set("cache", json!({ "direct": n.cache.direct, "no-flush": n.cache.no_flush }));
     if n.writable {
-        set("discard", json!("unmap"));
+        set("discard", json!(n.discard.unwrap_or("unmap")));
     }
     if n.share {
         set("force-share", json!(true));
@@ -183,6 +192,41 @@ pub async fn find(graph: &Rc<Graph>, n: Named<'_>) -> Result<Found> {
         }
     }
     Ok(Found { options, guessed })
+}
+
+/// Makes node options of a file name and of the options beside it.
+async fn beside_name(graph: &Rc<Graph>, n: Named<'_>) -> Result<(Map<String, Value>, bool)> {
+    let Value::Object(mut given) = parse(n.options, Style::default())? else {
+        return Err(Error::invalid("image options are key=value pairs"));
+    };
+    let driver = given.remove("driver");
+    let format = driver.as_ref().and_then(Value::as_str).or(n.format);
+    let (mut options, guessed) = graph.image_options(n.name, format).await?;
+    put_over(graph.registry(), &mut options, given)?;
+    Ok((typed(options)?, guessed))
+}
+
+/// Puts options over others, member by member. A format put over a protocol stands on it.
+fn put_over(
+    registry: &Registry,
+    options: &mut Map<String, Value>,
+    given: Map<String, Value>,
+) -> Result<()> {
+    let kind = |m: &Map<String, Value>| match m.get("driver").and_then(Value::as_str) {
+        Some(driver) => registry.get(driver).map(|d| Some(d.kind)),
+        None => Ok(None),
+    };
+    if kind(&given)? == Some(Kind::Format) && kind(options)? == Some(Kind::Protocol) {
+        let file = std::mem::take(options);
+        options.insert("file".into(), file.into());
+    }
+    for (key, v) in given {
+        match (options.get_mut(&key), v) {
+            (Some(Value::Object(old)), Value::Object(new)) => put_over(registry, old, new)?,
+            (_, v) => drop(options.insert(key, v)),
+        }
+    }
+    Ok(())
 }
 
 /// Makes node options of what the user wrote: drivers that are left out are found, types checked.
@@ -242,9 +286,17 @@ fn checked(m: Map<String, Value>, form: Form) -> Result<Map<String, Value>> {
     };
     let first = check(Value::Object(m.clone()), form);
     if form == Form::Json && first.is_err() {
-        return check(as_text(Value::Object(m)), Form::Text).or(first);
+        return check(as_text(Value::Object(m)), Form::Sizes).or(first);
     }
     first
+}
+
+/// The options with the types of the schema, whether they have types or are texts.
+pub fn typed(m: Map<String, Value>) -> Result<Map<String, Value>> {
+    match as_text(Value::Object(m)) {
+        Value::Object(m) => checked(m, Form::Sizes),
+        _ => Ok(Map::new()),
+    }
 }
 
 fn as_text(v: Value) -> Value {

@@ -373,7 +373,7 @@ fn list(format: &str, shown: impl Fn(&CreateOption) -> bool) -> String {
 }
 
 /// The one of `names` that `name` is most like, if it is like one.
-fn nearest<'a>(name: &str, names: &[&'a str]) -> Option<&'a str> {
+pub fn nearest<'a>(name: &str, names: &[&'a str]) -> Option<&'a str> {
     let best = names.iter().map(|n| (distance(name, n), *n)).min()?;
     (best.0 <= (name.len() / 3).max(1)).then_some(best.1)
 }

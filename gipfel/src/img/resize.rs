@@ -6,11 +6,11 @@ use std::rc::Rc;
 use clap::{Arg, ArgMatches, Command};
 use gipfel_base::units::{MIB, parse_size};
 use gipfel_base::{ByteRange, Error, Result, ResultExt};
-use gipfel_graph::Graph;
+use gipfel_graph::{Backend, Graph};
 use gipfel_io::Buf;
-use gipfel_node::{Preallocation, ZeroFlags};
+use gipfel_node::{Node, Preallocation, ZeroFlags};
 
-use super::open::{self, Image, Named};
+use super::open::{self, Named};
 use super::options::{self, Asked};
 
 const EXAMPLES: &str = "\
@@ -120,13 +120,14 @@ async fn resize(
     }
     image.node.driver().resize(new).await.at(at)?;
     if let Some(how) = how.filter(|_| new > old) {
-        preallocate(&image, ByteRange::between(old, new), how).await.at(at)?;
+        let range = ByteRange::between(old, new);
+        preallocate(&image.node, &image.backend, range, how).await.at(at)?;
     }
     image.backend.flush().await.at(at)
 }
 
 /// Reads a mode, which must be one that images of `format` can be made with.
-fn preallocation(format: &str, mode: &str) -> Result<Option<Preallocation>> {
+pub fn preallocation(format: &str, mode: &str) -> Result<Option<Preallocation>> {
     let how = match mode {
         "off" => return Ok(None),
         "metadata" => Preallocation::Metadata,
@@ -144,18 +145,23 @@ fn preallocation(format: &str, mode: &str) -> Result<Option<Preallocation>> {
 }
 
 /// Gives `range`, which is new, its space.
-async fn preallocate(image: &Image, range: ByteRange, how: Preallocation) -> Result<()> {
-    if let Some(format) = image.node.driver().image_format() {
+pub async fn preallocate(
+    node: &Node,
+    backend: &Backend,
+    range: ByteRange,
+    how: Preallocation,
+) -> Result<()> {
+    if let Some(format) = node.driver().image_format() {
         return format.preallocate(range, how).await;
     }
     if how == Preallocation::Falloc {
-        return image.backend.write_zeroes(range, ZeroFlags::default()).await;
+        return backend.write_zeroes(range, ZeroFlags::default()).await;
     }
     let zeros = Buf::zeroed(PIECE.min(range.len()) as usize);
     let mut left = range;
     while !left.is_empty() {
         let part = zeros.slice(0..left.take(PIECE).len() as usize);
-        image.backend.write(left.start(), part, false).await?;
+        backend.write(left.start(), part, false).await?;
         left = left.skip(PIECE);
     }
     Ok(())

@@ -9,8 +9,8 @@ use std::time::Duration;
 use gipfel_base::{ByteRange, Error, Result};
 use gipfel_io::{Buf, time};
 use gipfel_node::{
-    Ability, Access, Driver, DriverDef, DriverInfo, IoFuture, Kind, Mapping, OpenArgs, Opened,
-    Status, WriteFlags, ZeroFlags,
+    Ability, Access, Driver, DriverDef, DriverInfo, FromName, IoFuture, Kind, Mapping, OpenArgs,
+    Opened, Status, WriteFlags, ZeroFlags,
 };
 use serde::Deserialize;
 
@@ -29,6 +29,15 @@ const fn def(name: &'static str) -> DriverDef {
         probe: None,
         check: None,
     }
+}
+
+/// Reads the rest of a file name `null-co://` or `null-aio://`, which says nothing more.
+pub fn read_name(rest: &str) -> Result<FromName> {
+    if rest == "//" {
+        return Ok(FromName::default());
+    }
+    let text = format!("a null driver's file name ends with '://', not '{rest}': it has no file");
+    Err(Error::invalid(text))
 }
 
 #[derive(Deserialize)]

@@ -17,6 +17,8 @@ pub enum Form {
     Json,
     /// A `key=value` list: every leaf is a string that is read as its type demands.
     Text,
+    /// The same, and integers may have a suffix as sizes do (`4k`): the options of image tools.
+    Sizes,
 }
 
 /// Why a value does not fit, and where inside it; the innermost step of the path comes first.
@@ -126,7 +128,7 @@ impl Schema {
     fn item(&self, item: Item, value: &mut Value, form: Form, depth: usize) -> Fit {
         let id = match item {
             Item::Builtin(b) if form == Form::Json => return builtin(b, value),
-            Item::Builtin(b) => return builtin_from_text(b, value),
+            Item::Builtin(b) => return builtin_from_text(b, value, form),
             Item::Named(id) => id,
         };
         match &self.types[id].kind {
@@ -245,7 +247,7 @@ impl Schema {
             return Ok(());
         }
         let scalar = || {
-            let is_text = form == Form::Text && given == "string";
+            let is_text = form != Form::Json && given == "string";
             ways.iter().find(|(_, ty)| {
                 is_text && matches!(self.json_type(*ty), Some("number" | "boolean"))
             })
@@ -353,7 +355,7 @@ fn in_range(b: Builtin, number: i128) -> Fit {
 }
 
 /// Reads the text in `value` as the type demands, and puts the typed value there.
-fn builtin_from_text(b: Builtin, value: &mut Value) -> Fit {
+fn builtin_from_text(b: Builtin, value: &mut Value, form: Form) -> Fit {
     let Value::String(text) = &*value else {
         // Values that are typed already come from an inner JSON text.
         return if matches!(value, Value::Object(_) | Value::Array(_)) && b != Builtin::Any {
@@ -380,7 +382,9 @@ fn builtin_from_text(b: Builtin, value: &mut Value) -> Fit {
             units::parse_size(text).map_err(|e| Misfit::new(format!("is wrong: {e}")))?.into()
         }
         _ => {
+            let size = || units::parse_size(text).ok().filter(|_| form == Form::Sizes);
             let number = parse_integer(text)
+                .or_else(|| size().map(i128::from))
                 .ok_or_else(|| Misfit::new(format!("must be an integer, not '{text}'")))?;
             in_range(b, number)?;
             match u64::try_from(number) {
