@@ -182,9 +182,13 @@ fn compressed(entry: Entry, b: Bounds, hard: impl Fn(u64) -> bool) -> Judged {
     if b.g.data_file {
         return Judged::lost(lost, IN_DATA_FILE);
     }
-    let mut j = Judged::nothing(Entry { word: entry.word & !COPIED, ..entry });
-    if j.entry != entry {
+    let mut j = Judged::nothing(Entry { word: entry.word & !COPIED, bitmap: 0 });
+    if j.entry.word != entry.word {
         j.fault = Some("a compressed cluster is marked as one to be overwritten in place");
+    }
+    if entry.bitmap != 0 {
+        // Spec, Extended L2 Entries: the bitmap of a compressed cluster is 0.
+        j.fault = Some("a compressed cluster has subclusters");
     }
     let Cluster::Compressed { host, len } = Cluster::decode(j.entry, b.g, b.version) else {
         return Judged::lost(lost, ON_METADATA);
@@ -227,6 +231,13 @@ mod tests {
         let j = judge(entry);
         assert_eq!((j.entry, j.uses, j.fault.is_some()), (want, uses, entry != want), "{entry:x?}");
         assert_eq!(judge(j.entry), Judged { fault: None, hides: false, ..j }, "mended once");
+    }
+
+    #[test]
+    fn compressed_clusters_have_no_subclusters() {
+        let b = Bounds { g: Geometry { extended_l2: true, ..B.g }, ..B };
+        let at = COMPRESSED | 0x2_0000;
+        judge(Entry { word: at, bitmap: 5 }, b, word(at), Some((2, 1)));
     }
 
     fn word(word: u64) -> Entry {
