@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use gipfel_filters::{
-    BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
-    SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
+    BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COMPRESS, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES,
+    PREALLOCATE, QUORUM, SNAPSHOT_ACCESS, THROTTLE, copy_on_read, detect_zeroes, quorum,
 };
 use gipfel_formats::{LUKS, luks};
 use gipfel_graph::{ImplicitFilters, Registry};
@@ -13,7 +13,7 @@ use gipfel_node::{DriverDef, Reports};
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 14] = [
+const DRIVERS: [&DriverDef; 16] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
@@ -23,8 +23,10 @@ const DRIVERS: [&DriverDef; 14] = [
     &BLKDEBUG,
     &BLKLOGWRITES,
     &BLKVERIFY,
+    &COMPRESS,
     &COPY_BEFORE_WRITE,
     &COPY_ON_READ,
+    &PREALLOCATE,
     &QUORUM,
     &SNAPSHOT_ACCESS,
     &THROTTLE,

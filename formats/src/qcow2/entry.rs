@@ -66,6 +66,15 @@ impl Cluster {
     }
 }
 
+/// The L2 entry of a compressed stream of `len` bytes at `host`, if one can say that (spec,
+/// Compressed Clusters Descriptor).
+pub fn compressed_entry(host: u64, len: u64, g: Geometry) -> Option<u64> {
+    let x = 62 - (g.cluster_bits - 8);
+    let more = (host + len - 1) / 512 - host / 512;
+    let fits = host < 1 << x && more < 1 << (62 - x);
+    fits.then_some(COMPRESSED | more << x | host)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,6 +98,9 @@ mod tests {
         let e = COMPRESSED | 2 << 54 | 0x12345;
         let want = Cluster::Compressed { host: 0x12345, len: 3 * 512 - 0x145 };
         assert_eq!(Cluster::decode(e, G, 3), want);
+        assert_eq!(compressed_entry(0x12345, 3 * 512 - 0x145, G), Some(e));
+        assert_eq!(compressed_entry(0x12345, 2 * 512 - 0x145 + 1, G), Some(e));
+        assert_eq!(compressed_entry(1 << 54, 512, G), None);
         assert_eq!(Cluster::decode(COMPRESSED, G, 3), Cluster::Bad);
     }
 }

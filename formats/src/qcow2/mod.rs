@@ -1,7 +1,7 @@
 //! Format `qcow2`, versions 2 and 3 (qcow2 spec; BlockdevOptionsQcow2 of the QMP reference).
 //!
 //! Requests for clusters that are there are only mapped ([`lookup`]): no lock, no wait, whatever
-//! thread they come from. What needs work goes through [`read`], [`write`] and [`zero`]. Tables are
+//! thread they come from. What needs work goes through [`read`], [`write`], [`compress`] and [`zero`]. Tables are
 //! changed in memory and written by [`flush`] in the order that keeps the image right at any
 //! moment: refcounts and data, then the refcount table, then the entries that rely on them.
 //!
@@ -13,6 +13,7 @@
 mod alloc;
 pub mod cache;
 pub mod check;
+mod compress;
 mod create;
 pub mod entry;
 mod flush;
@@ -121,6 +122,8 @@ struct Qcow2 {
     l2_loads: RangeLock,
     /// Refcount slices that are being read or made.
     refcount_loads: RangeLock,
+    /// Held while room for compressed data is taken.
+    packing: async_lock::Mutex<()>,
     flushing: flush::Flushing,
     /// Somebody below listened to the last event.
     watched: AtomicBool,
@@ -184,8 +187,11 @@ impl Driver for Qcow2 {
         Box::pin(self.read_clusters(offset, buf))
     }
 
-    fn write<'a>(&'a self, offset: u64, buf: Buf, _: WriteFlags) -> IoFuture<'a> {
-        Box::pin(self.write_clusters(offset, buf))
+    fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
+        match flags.compressed {
+            true => Box::pin(self.write_compressed(offset, buf)),
+            false => Box::pin(self.write_clusters(offset, buf)),
+        }
     }
 
     fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
@@ -211,6 +217,10 @@ impl Driver for Qcow2 {
 
     fn zero_ability(&self) -> Ability {
         if self.version >= 3 { Ability::Native } else { Ability::Emulated }
+    }
+
+    fn compresses(&self) -> Option<u32> {
+        Some(self.g.cluster_size() as u32)
     }
 
     fn limits(&self) -> Limits {

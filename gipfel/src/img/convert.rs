@@ -27,6 +27,7 @@ Examples:
   gipfel img convert -p -O raw disk.qcow2 disk.raw
   gipfel img convert -f raw -O qcow2 -o cluster_size=128k disk.raw disk.qcow2
   gipfel img convert -O qcow2 -B base.qcow2 -F qcow2 old.qcow2 new.qcow2
+  gipfel img convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   gipfel img convert -n -W disk.qcow2 /dev/vg/volume
 
 The target is overwritten, unless it is in use. A copy that fails or is interrupted leaves a
@@ -44,9 +45,8 @@ const PROBED: u64 = 2048;
 const PROGRESS: Duration = Duration::from_millis(100);
 
 /// Options that are known and not offered, with what they would do.
-const MISSING: [(&str, Option<char>, bool, &str); 5] = [
+const MISSING: [(&str, Option<char>, bool, &str); 4] = [
     ("source-snapshot", Some('l'), true, "copying an internal snapshot"),
-    ("compress", Some('c'), false, "writing compressed images"),
     ("bitmaps", None, false, "copying bitmaps"),
     ("skip-broken-bitmaps", None, false, "copying bitmaps"),
     ("salvage", None, false, "going on after read errors"),
@@ -97,6 +97,7 @@ pub fn command() -> Command {
             Some('C'),
             "Do not search data for zeros (and copy as always)",
         ))
+        .arg(super::flag("compress", Some('c'), "Store data compressed, if the format can"))
         .arg(super::flag("progress", Some('p'), "Show the progress"))
         .arg(super::flag("quiet", Some('q'), "Print nothing but errors"))
         .arg(
@@ -129,6 +130,7 @@ struct Asking<'a> {
     workers: usize,
     any_order: bool,
     rate: Option<u64>,
+    compress: bool,
     progress: bool,
 }
 
@@ -193,6 +195,11 @@ fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<As
     if flag("copy-range-offloading") && text(m, "sparse-size").is_some() {
         return Err(Error::invalid("-C searches no data for zeros, and -S tells how: give one"));
     }
+    if flag("compress") && given.get("preallocation").is_some_and(|p| p != "off") {
+        return Err(Error::invalid(
+            "-c lets data take less space, and preallocation takes all of it: give one",
+        ));
+    }
     if !flag("target-image-opts") {
         create::set_backing(&mut given, format, m)?;
     }
@@ -226,6 +233,7 @@ fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<As
         workers: workers(text(m, "parallel"))?,
         any_order: flag("oob-writes"),
         rate: text(m, "rate").map(|r| parse_size(r).at(|| "-r")).transpose()?.filter(|r| *r > 0),
+        compress: flag("compress"),
         progress: flag("progress") && !flag("quiet"),
     })
 }
@@ -276,6 +284,9 @@ async fn convert(
         })?;
     }
     let is_new = a.new.is_some();
+    if a.compress && is_new && !options::compresses(a.format) {
+        return Err(no_compression(a.target.name, a.format));
+    }
     if let Some(mut options) = a.new {
         options.set(a.format, "size", Some(&at.to_string()))?;
         let new =
@@ -294,6 +305,10 @@ async fn convert(
     if target.guessed_raw {
         refuse_header(graph, &sources[0], a.target.name).await?;
     }
+    let compressed = match a.compress {
+        true => Some(unit_of(&target, a.target.name).await?),
+        false => None,
+    };
     let fresh = is_new && target.node.driver().reads_zero_when_new();
     let copy = Copy::new(Options {
         len: at.min(target.node.size()),
@@ -306,10 +321,24 @@ async fn convert(
         search: a.search,
         any_order: a.any_order,
         rate: a.rate,
+        compressed,
     });
     let copy = under_way.get_or_init(|| copy);
     run_copy(copy, threads, a.workers, a.progress).await?;
     target.backend.flush().await.at(|| format!("writing '{}'", a.target.name))
+}
+
+/// The unit in which the target stores compressed data, in bytes.
+async fn unit_of(target: &Image, name: &str) -> Result<u64> {
+    let unit = target.backend.compresses().await?;
+    unit.map(u64::from).ok_or_else(|| no_compression(name, target.node.def().name))
+}
+
+fn no_compression(name: &str, format: &str) -> Error {
+    Error::unsupported(format!(
+        "-c: '{name}' is of format {format}, which cannot store data compressed: take one that \
+         can, such as qcow2"
+    ))
 }
 
 async fn run_copy(

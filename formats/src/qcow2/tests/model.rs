@@ -144,7 +144,7 @@ async fn step(
             let tag = 2 + (rng.next_u64() >> 40);
             begin(tag);
             let data: Vec<u8> = (first..first + n).flat_map(|s| content(s, tag)).collect();
-            let flags = WriteFlags::default();
+            let flags = WriteFlags { compressed: rng.one_in(2), ..WriteFlags::default() };
             image.write(bytes.start(), Buf::from_slice(&data), flags).await?;
             complete();
         }
