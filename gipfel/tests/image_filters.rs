@@ -322,7 +322,8 @@ fn copies_on_read_end_at_the_bottom() {
         "file": {
             "driver": "qcow2", "node-name": "top", "file": { "driver": "file", "filename": top },
             "backing": {
-                "driver": "qcow2", "node-name": "mid", "file": { "driver": "file", "filename": mid },
+                "driver": "qcow2", "node-name": "mid",
+                "file": { "driver": "file", "filename": mid },
                 "backing": {
                     "driver": "qcow2", "node-name": "low",
                     "file": { "driver": "file", "filename": low },

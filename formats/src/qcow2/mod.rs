@@ -1,9 +1,10 @@
 //! Format `qcow2`, versions 2 and 3 (qcow2 spec; BlockdevOptionsQcow2 of the QMP reference).
 //!
 //! Requests for clusters that are there are only mapped ([`lookup`]): no lock, no wait, whatever
-//! thread they come from. What needs work goes through [`read`], [`write`], [`compress`] and [`zero`]. Tables are
-//! changed in memory and written by [`flush`] in the order that keeps the image right at any
-//! moment: refcounts and data, then the refcount table, then the entries that rely on them.
+//! thread they come from. What needs work goes through [`read`], [`write`], [`compress`] and
+//! [`zero`]. Tables are changed in memory and written by [`flush`] in the order that keeps the image
+//! right at any moment: refcounts and data, then the refcount table, then the entries that rely on
+//! them.
 //!
 //! Who may change what:
 //! - an L2 entry: whoever holds its guest cluster in `guests`;
