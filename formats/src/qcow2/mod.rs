@@ -2,9 +2,9 @@
 //!
 //! Requests for clusters that are there are only mapped ([`lookup`]): no lock, no wait, whatever
 //! thread they come from. What needs work goes through [`read`], [`write`], [`compress`] and
-//! [`zero`]. Tables are changed in memory and written by [`flush`] in the order that keeps the image
-//! right at any moment: refcounts and data, then the refcount table, then the entries that rely on
-//! them.
+//! [`zero`]. Tables are changed in memory and written by [`flush`] in the order that keeps the
+//! image right at any moment: refcounts and data, then the refcount table, then the entries that
+//! rely on them.
 //!
 //! Who may change what:
 //! - an L2 entry: whoever holds its guest cluster in `guests`;
