@@ -9,11 +9,32 @@ use gipfel_node::{
     Ability, Access, Binding, Child, ChildSpec, DebugEvent, Debugger, Driver, DriverInfo, IoFuture,
     Limits, Mapping, Perms, Reopen, Role, SnapshotSource, Status, WriteFlags, ZeroFlags,
 };
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// The one child of most filters.
 pub(crate) const FILE: &[ChildSpec] =
     &[ChildSpec { name: "file", role: Role::Filtered, binding: Binding::Position, required: true }];
+
+/// The options of `driver`, as it declares them.
+pub(crate) fn parse<T: DeserializeOwned>(driver: &str, options: Value) -> Result<T> {
+    serde_json::from_value(options)
+        .map_err(|e| Error::invalid(format!("options of driver '{driver}': {e}")))
+}
+
+/// Fails where `options` has any: `driver` takes none of its own.
+pub(crate) fn no_options(driver: &str, options: &Value) -> Result<()> {
+    match options.as_object().and_then(|o| o.keys().next()) {
+        None => Ok(()),
+        Some(k) => Err(Error::invalid(format!("driver '{driver}' has no option '{k}'"))),
+    }
+}
+
+/// The bytes that a request for `buf` at `offset` is about.
+pub(crate) fn span(offset: u64, buf: &Buf) -> Result<ByteRange> {
+    ByteRange::checked(offset, buf.len() as u64)
+        .ok_or_else(|| Error::invalid("a request ends past 2^64 bytes"))
+}
 
 /// What a filter stands on.
 pub(crate) struct Below {
@@ -117,6 +138,11 @@ pub(crate) trait Filter: Send + Sync + 'static {
         Box::pin(below.child().status(range))
     }
 
+    /// As [`Driver::size`].
+    fn size(&self, below: &Below) -> u64 {
+        below.size()
+    }
+
     /// As [`Driver::limits`], with what the child prefers.
     fn limits(&self, below: Limits) -> Limits {
         below
@@ -136,6 +162,12 @@ pub(crate) trait Filter: Send + Sync + 'static {
     /// As [`Driver::child_perms`], for the other child of a filter that has two.
     fn other_perms(&self, role: Role, above: Perms, writable: bool) -> Perms {
         child_perms(role, above, writable)
+    }
+
+    /// As [`Driver::set_perms`].
+    fn set_perms<'a>(&'a self, below: &'a Below, perms: Perms) -> IoFuture<'a> {
+        let _ = (below, perms);
+        Box::pin(async { Ok(()) })
     }
 
     /// As [`Driver::debugger`].
@@ -158,6 +190,12 @@ pub(crate) trait Filter: Send + Sync + 'static {
     fn same_options(&self, options: Value) -> Result<()> {
         let _ = options;
         Ok(())
+    }
+
+    /// As [`Driver::reopen`], without the common options.
+    fn reopen(&self, options: Value) -> Result<Box<dyn Reopen>> {
+        self.same_options(options)?;
+        Ok(Box::new(Same))
     }
 
     /// As [`Driver::close`]: the node goes, no request follows.
@@ -197,7 +235,7 @@ impl Reopen for Same {
 
 impl<F: Filter> Driver for Filtered<F> {
     fn size(&self) -> u64 {
-        self.below.size()
+        self.filter.size(&self.below)
     }
 
     fn children(&self) -> &[Arc<Child>] {
@@ -244,6 +282,10 @@ impl<F: Filter> Driver for Filtered<F> {
         self.below.ask(|d| d.zero_ability()).unwrap_or(Ability::Emulated)
     }
 
+    fn compresses(&self) -> Option<u32> {
+        self.below.ask(|d| d.compresses()).flatten()
+    }
+
     fn limits(&self) -> Limits {
         let below = self.below.ask(|d| d.limits());
         self.filter.limits(below.unwrap_or(Limits { align: 1, preferred: 4096 }))
@@ -254,6 +296,10 @@ impl<F: Filter> Driver for Filtered<F> {
             0 => self.filter.child_perms(above, writable),
             _ => self.filter.other_perms(role, above, writable),
         }
+    }
+
+    fn set_perms<'a>(&'a self, perms: Perms) -> IoFuture<'a> {
+        self.filter.set_perms(&self.below, perms)
     }
 
     fn debugger(&self) -> Option<&dyn Debugger> {
@@ -270,8 +316,7 @@ impl<F: Filter> Driver for Filtered<F> {
                 // The common option: what discards do is decided below.
                 o.remove("discard");
             }
-            self.filter.same_options(options)?;
-            Ok(Box::new(Same) as Box<dyn Reopen>)
+            self.filter.reopen(options)
         })
     }
 

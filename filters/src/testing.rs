@@ -239,6 +239,16 @@ impl Driver for Bytes {
         Box::pin(async { Ok(()) })
     }
 
+    fn write_zeroes<'a>(&'a self, range: ByteRange, _: ZeroFlags) -> IoFuture<'a> {
+        let zeros = Buf::zeroed(range.len() as usize);
+        self.write(range.start(), zeros, WriteFlags::default())
+    }
+
+    fn resize<'a>(&'a self, size: u64) -> IoFuture<'a> {
+        self.0.lock().unwrap().resize(size as usize, 0);
+        Box::pin(async { Ok(()) })
+    }
+
     fn flush<'a>(&'a self) -> IoFuture<'a> {
         Box::pin(async { Ok(()) })
     }

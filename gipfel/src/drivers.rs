@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use gipfel_base::{Error, Result};
 use gipfel_filters::{
-    BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES, QUORUM,
-    SNAPSHOT_ACCESS, THROTTLE, blkdebug, blkverify, copy_on_read, detect_zeroes, quorum,
+    BLKDEBUG, BLKLOGWRITES, BLKVERIFY, COMPRESS, COPY_BEFORE_WRITE, COPY_ON_READ, DETECT_ZEROES,
+    PREALLOCATE, QUORUM, SNAPSHOT_ACCESS, THROTTLE, blkdebug, blkverify, copy_on_read,
+    detect_zeroes, quorum,
 };
 use gipfel_formats::{LUKS, luks, qcow2, raw};
 use gipfel_graph::{ImplicitFilters, Registry};
@@ -16,7 +17,7 @@ use serde_json::Value;
 use crate::daemon::objects::Objects;
 
 /// All drivers that can be named.
-const DRIVERS: [&DriverDef; 14] = [
+const DRIVERS: [&DriverDef; 16] = [
     &gipfel_protocols::FILE,
     &gipfel_protocols::NULL_CO,
     &gipfel_protocols::NULL_AIO,
@@ -26,8 +27,10 @@ const DRIVERS: [&DriverDef; 14] = [
     &BLKDEBUG,
     &BLKLOGWRITES,
     &BLKVERIFY,
+    &COMPRESS,
     &COPY_BEFORE_WRITE,
     &COPY_ON_READ,
+    &PREALLOCATE,
     &QUORUM,
     &SNAPSHOT_ACCESS,
     &THROTTLE,

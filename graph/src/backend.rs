@@ -117,6 +117,13 @@ impl Backend {
         Ok(n.driver().limits())
     }
 
+    /// The unit in which the medium stores compressed what is written so, in bytes, if it can.
+    pub async fn compresses(&self) -> Result<Option<u32>> {
+        let e = self.root.enter().await;
+        let n = e.as_ref().ok_or_else(|| self.no_medium())?;
+        Ok(n.driver().compresses())
+    }
+
     /// How the medium writes zeros.
     pub async fn zero_ability(&self) -> Result<Ability> {
         let e = self.root.enter().await;
@@ -175,11 +182,20 @@ impl Backend {
 
     /// Writes all of `buf` at `offset` (bytes). The medium does not grow.
     pub async fn write(&self, offset: u64, buf: Buf, fua: bool) -> Result<()> {
+        self.write_as(offset, buf, WriteFlags { fua, ..WriteFlags::default() }).await
+    }
+
+    /// Writes all of `buf` at `offset` (bytes), to be stored compressed. `Unsupported` where the
+    /// medium cannot: see [`Backend::compresses`].
+    pub async fn write_compressed(&self, offset: u64, buf: Buf) -> Result<()> {
+        self.write_as(offset, buf, WriteFlags { compressed: true, ..WriteFlags::default() }).await
+    }
+
+    async fn write_as(&self, offset: u64, buf: Buf, mut flags: WriteFlags) -> Result<()> {
         self.check_writable()?;
         self.check_end(offset, buf.len() as u64)?;
         self.count(1, buf.len() as u64);
-        let fua = fua || self.write_through.load(Ordering::Relaxed);
-        let flags = WriteFlags { fua, unchanged: false };
+        flags.fua |= self.write_through.load(Ordering::Relaxed);
         if !self.faults.settles(Operation::Write) {
             return self.root.write(offset, buf, flags).await;
         }

@@ -421,11 +421,13 @@ fn image_name(edge: Option<&Arc<Child>>) -> IoFuture<'_, String> {
     })
 }
 
-/// What a parent in this role will need once it is in use.
+/// What a parent in this role will need once it is in use. Whether it changes the size of plain
+/// data is seen then: a file of these may be opened a second time before its first use ends.
 fn expected(role: Role, writable: bool) -> Perms {
     let mut used = Perm::CONSISTENT_READ;
     if writable {
         used = used | Perm::WRITE;
     }
-    child_perms(role, Perms { used, shared: Perm::ALL }, writable)
+    let p = child_perms(role, Perms { used, shared: Perm::ALL }, writable);
+    if role == Role::Data { Perms { used: p.used & !Perm::RESIZE, ..p } } else { p }
 }

@@ -5,6 +5,7 @@
 //! edges → swap → resume → end the flushes, give up permissions, close what was removed. Nothing
 //! of the change itself can fail after the swap.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -272,7 +273,9 @@ impl Graph {
             debts.iter().for_each(Debt::announce);
             self.clone().settle_later(debts, plan.changes.iter().map(|c| c.id).collect());
         }
-        for n in plan.removed {
+        let mut removed = plan.removed;
+        topmost_first(&mut removed, |n| n);
+        for n in removed {
             if let Err(e) = n.driver().close().await {
                 eprintln!("gipfel: closing node '{}': {e}", n.name());
             }
@@ -307,7 +310,15 @@ async fn acquire(changes: &[Change]) -> Result<()> {
     Ok(())
 }
 
+/// Parents before their children.
+fn topmost_first<T>(list: &mut [T], node: impl Fn(&T) -> &Arc<Node>) {
+    list.sort_by_cached_key(|n| Reverse(Node::all_below(node(n).clone()).len()));
+}
+
+/// A node gives up before its children do: it may have something to tidy up below.
 async fn release(nodes: impl Iterator<Item = (&Arc<Node>, Perms)>) {
+    let mut nodes: Vec<_> = nodes.collect();
+    topmost_first(&mut nodes, |(n, _)| *n);
     for (node, perms) in nodes {
         if let Err(e) = node.driver().set_perms(perms).await {
             eprintln!("gipfel: node '{}': giving up permissions: {e}", node.name());

@@ -445,6 +445,9 @@ const TIMER_SLACK: libc::c_ulong = 1_000;
 
 /// Threads for calls that the ring does not offer (open, seek for data, locks).
 const BLOCKING_THREADS: usize = 4;
+/// Stack of an I/O thread, in bytes: a request is polled through each node of its chain, which may
+/// have 256 of them, 10 to 20 KiB each. Memory that is not touched is not taken.
+const STACK: usize = 16 << 20;
 
 impl Runtime {
     /// Starts `io_threads` threads, each with a ring of its own. Fails where the kernel offers no
@@ -459,6 +462,7 @@ impl Runtime {
             let (s, p) = (shared.clone(), pool.clone());
             let join = std::thread::Builder::new()
                 .name(format!("gipfel-io{n}"))
+                .stack_size(STACK)
                 .spawn(move || io_thread(s, p, &give))
                 .map_err(|e| Error::from(e).context("starting an I/O thread"))?;
             ready.recv().map_err(|_| Error::new(ErrorKind::Cancelled, "I/O thread died"))??;

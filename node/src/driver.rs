@@ -88,6 +88,9 @@ pub struct WriteFlags {
     pub fua: bool,
     /// It does not change what is read (copy-on-read): no bitmap, no copy-before-write.
     pub unchanged: bool,
+    /// Stored compressed, as far as that saves space. A node that cannot ([`Driver::compresses`])
+    /// fails it with `Unsupported`.
+    pub compressed: bool,
 }
 
 /// How zeros are to be written.
@@ -184,7 +187,8 @@ pub trait Driver: Send + Sync + 'static {
     /// Reads what [`Driver::map`] calls work.
     fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a>;
 
-    /// Writes what [`Driver::map`] calls work. FUA is the runner's business.
+    /// Writes what [`Driver::map`] calls work, and all that is to be stored compressed. FUA is the
+    /// runner's business.
     fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a>;
 
     /// Makes `range` read as zeros. `Unsupported` makes the runner write zeros, if flags allow.
@@ -235,6 +239,12 @@ pub trait Driver: Send + Sync + 'static {
     /// How zeros are written.
     fn zero_ability(&self) -> Ability {
         Ability::Emulated
+    }
+
+    /// The unit in which it stores compressed what is written so, in bytes; `None` if it cannot.
+    /// Other sizes work too, by reading around them.
+    fn compresses(&self) -> Option<u32> {
+        None
     }
 
     /// Preferred sizes.

@@ -75,7 +75,7 @@ macro_rules! level {
             if range.is_empty() {
                 return Ok(());
             }
-            match node.driver().map(Access::Write, range) {
+            match map_write(node, range, flags)? {
                 m if m.len() < range.len() => {
                     drop(m);
                     split_write(node, range, buf, flags).await
@@ -123,6 +123,21 @@ fn write_boxed<'a>(
     above: Option<&'a Node>,
 ) -> IoFuture<'a> {
     Box::pin(write_0(child, offset, buf, flags, above))
+}
+
+/// Where a write goes. One that is to be stored compressed is work wherever it goes.
+fn map_write(node: &Node, range: ByteRange, flags: WriteFlags) -> Result<Mapping<'_>> {
+    if !flags.compressed {
+        return Ok(node.driver().map(Access::Write, range));
+    }
+    if node.driver().compresses().is_none() {
+        return Err(Error::unsupported(format!(
+            "node '{}' (driver '{}') cannot store data compressed",
+            node.name(),
+            node.def().name
+        )));
+    }
+    Ok(Mapping::Work { len: range.len() })
 }
 
 fn in_node(node: &Node, e: Error) -> Error {
@@ -207,7 +222,7 @@ fn split_write<'a>(node: &'a Node, range: ByteRange, buf: Buf, flags: WriteFlags
         let mut pieces = Pieces::default();
         let (mut left, mut buf) = (range, buf);
         while !left.is_empty() {
-            let m = node.driver().map(Access::Write, left);
+            let m = map_write(node, left, flags)?;
             let n = m.len().min(left.len());
             let rest = buf.split_off(n as usize);
             pieces.add(write_piece(node, m, left.start(), buf, flags)).await?;
@@ -274,7 +289,7 @@ pub(crate) async fn write_zeroes(child: &Child, range: ByteRange, flags: ZeroFla
     match done {
         Err(e) if e.kind() == ErrorKind::Unsupported && !flags.no_fallback => {
             drop(entered);
-            let write = WriteFlags { fua: false, unchanged: flags.unchanged };
+            let write = WriteFlags { unchanged: flags.unchanged, ..WriteFlags::default() };
             let zeros = Buf::zeroed(range.len().min(ZERO_BUFFER) as usize);
             let mut left = range;
             while !left.is_empty() {

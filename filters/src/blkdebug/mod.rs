@@ -24,7 +24,7 @@ use gipfel_node::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::filter::{Below, Filter, Filtered};
+use crate::filter::{Below, Filter, Filtered, parse};
 use breaks::Breaks;
 use config::Config;
 use rules::{InjectError, IoType, Rules, SetState};
@@ -74,8 +74,7 @@ struct Options {
 
 async fn open(args: OpenArgs) -> Result<Opened> {
     let given = args.options.clone();
-    let options: Options = serde_json::from_value(args.options)
-        .map_err(|e| Error::invalid(format!("options of driver 'blkdebug': {e}")))?;
+    let options: Options = parse(BLKDEBUG.name, args.options)?;
     let bounds = Bounds::new(&options)?;
     let Config { mut injects, mut changes } = match &options.config {
         Some(name) => read_config(name).await?,
@@ -335,7 +334,7 @@ impl Blkdebug {
         if flags.no_fallback && !(head.is_empty() && tail.is_empty()) {
             return Err(Error::unsupported("part of a block would have to be written as data"));
         }
-        let write = WriteFlags { fua: false, unchanged: flags.unchanged };
+        let write = WriteFlags { unchanged: flags.unchanged, ..WriteFlags::default() };
         for p in pieces(head, ZEROS).chain(pieces(tail, ZEROS)) {
             self.write_range(below, p, Buf::zeroed(p.len() as usize), write).await?;
         }

@@ -22,7 +22,7 @@ use gipfel_node::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::filter::{Below, Filter, Filtered};
+use crate::filter::{Below, Filter, Filtered, parse, span};
 use log::{Entry, Log};
 
 /// The filter blklogwrites.
@@ -58,8 +58,7 @@ struct Options {
 
 async fn open(args: OpenArgs) -> Result<Opened> {
     let given = args.options.clone();
-    let o: Options = serde_json::from_value(args.options)
-        .map_err(|e| Error::invalid(format!("options of driver 'blklogwrites': {e}")))?;
+    let o: Options = parse(BLKLOGWRITES.name, args.options)?;
     let interval = o.log_super_update_interval.unwrap_or(SUPER_INTERVAL);
     if interval == 0 {
         return Err(Error::invalid("log-super-update-interval is 0: give 1 or more"));
@@ -163,7 +162,7 @@ impl Filter for Blklogwrites {
         flags: WriteFlags,
     ) -> IoFuture<'a> {
         Box::pin(async move {
-            let range = ByteRange::new(offset, buf.len() as u64);
+            let range = span(offset, &buf)?;
             let wide = self.widen(range);
             let _held = self.held.lock(wide).await;
             self.is_whole()?;

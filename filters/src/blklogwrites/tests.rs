@@ -82,7 +82,7 @@ async fn random_writes(l: &Logged, seed: u64, unit: u64) {
                 let range = ByteRange::new(at * unit, n * unit);
                 let byte = rng.below(256) as u8;
                 let buf = Buf::from_slice(&vec![byte; range.len() as usize]);
-                let flags = WriteFlags { fua: byte < 30, unchanged: false };
+                let flags = WriteFlags { fua: byte < 30, ..WriteFlags::default() };
                 match rng.below(8) {
                     0 | 1 => root.write_zeroes(range, ZeroFlags::default()).await.unwrap(),
                     2 => root.discard(range).await.unwrap(),

@@ -16,7 +16,7 @@ use gipfel_node::{
 };
 use serde_json::Value;
 
-use crate::filter::{Below, Filter, Filtered};
+use crate::filter::{Below, Filter, Filtered, no_options, span};
 
 /// The filter blkverify.
 pub static BLKVERIFY: DriverDef = DriverDef {
@@ -38,7 +38,7 @@ const PIECE: usize = 1 << 20;
 const EIO: i32 = 5;
 
 async fn open(args: OpenArgs) -> Result<Opened> {
-    check(&args.options)?;
+    no_options(BLKVERIFY.name, &args.options)?;
     if let [raw, test] = &args.children[..] {
         let (right, tried) = (raw.size().await?, test.size().await?);
         if right != tried {
@@ -59,13 +59,6 @@ pub fn read_name(rest: &str) -> Result<FromName> {
     let children =
         vec![("raw", raw.to_owned(), NameFor::Storage), ("test", test.to_owned(), NameFor::Image)];
     Ok(FromName { children, ..FromName::default() })
-}
-
-fn check(options: &Value) -> Result<()> {
-    match options.as_object().and_then(|o| o.keys().next()) {
-        None => Ok(()),
-        Some(k) => Err(Error::invalid(format!("driver 'blkverify' has no option '{k}'"))),
-    }
 }
 
 struct Blkverify {
@@ -95,7 +88,7 @@ impl Blkverify {
 
     /// Reads `buf` from 'raw' and compares it with what 'test' has.
     async fn read_piece(&self, below: &Below, offset: u64, buf: Buf) -> Result<()> {
-        let range = ByteRange::new(offset, buf.len() as u64);
+        let range = span(offset, &buf)?;
         let tried = Buf::new(buf.len());
         let test = below.other().read(offset, tried.clone()).await;
         let raw = below.child().read(offset, buf.clone()).await;
@@ -120,7 +113,7 @@ impl Filter for Blkverify {
 
     fn read<'a>(&'a self, below: &'a Below, offset: u64, buf: Buf) -> IoFuture<'a> {
         Box::pin(async move {
-            let _held = self.held.lock(ByteRange::new(offset, buf.len() as u64)).await;
+            let _held = self.held.lock(span(offset, &buf)?).await;
             let (mut at, mut left) = (offset, buf);
             while !left.is_empty() {
                 let rest = left.split_off(left.len().min(PIECE));
@@ -140,7 +133,7 @@ impl Filter for Blkverify {
         flags: WriteFlags,
     ) -> IoFuture<'a> {
         Box::pin(async move {
-            let range = ByteRange::new(offset, buf.len() as u64);
+            let range = span(offset, &buf)?;
             let _held = self.held.lock(range).await;
             let test = below.other().write(offset, buf.clone(), flags).await;
             let raw = below.child().write(offset, buf, flags).await;
@@ -189,6 +182,6 @@ impl Filter for Blkverify {
     }
 
     fn same_options(&self, options: Value) -> Result<()> {
-        check(&options)
+        no_options(BLKVERIFY.name, &options)
     }
 }

@@ -29,7 +29,7 @@ use gipfel_node::{
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::filter::{Below, FILE, Filter, Filtered};
+use crate::filter::{Below, FILE, Filter, Filtered, parse, span};
 use granules::Granules;
 use moment::{Moment, OnError};
 
@@ -65,8 +65,7 @@ struct Options {
 
 impl Options {
     fn parse(options: Value) -> Result<Options> {
-        let options: Options = serde_json::from_value(options)
-            .map_err(|e| Error::invalid(format!("options of copy-before-write: {e}")))?;
+        let options: Options = parse(COPY_BEFORE_WRITE.name, options)?;
         if options.bitmap.is_some() {
             return Err(Error::unsupported(
                 "option 'bitmap' needs dirty bitmaps, which this version does not have: leave it \
@@ -157,7 +156,7 @@ impl Filter for CopyBeforeWrite {
     ) -> IoFuture<'a> {
         Box::pin(async move {
             if !flags.unchanged {
-                self.moment.before_change(ByteRange::new(offset, buf.len() as u64)).await?;
+                self.moment.before_change(span(offset, &buf)?).await?;
             }
             below.child().write(offset, buf, flags).await
         })

@@ -212,7 +212,7 @@ fn one_copy_for_each_granule_and_none_for_what_changes_nothing() {
     World::new(1).run(async {
         let d = Rc::new(disk([1_000, 1_000], json!({})).await);
         let bytes = || Buf::from_slice(&[7; BLOCK as usize]);
-        let unchanged = WriteFlags { unchanged: true, fua: false };
+        let unchanged = WriteFlags { unchanged: true, ..WriteFlags::default() };
         d.root.write(0, bytes(), unchanged).await.unwrap();
         let zeros = ZeroFlags { unchanged: true, ..ZeroFlags::default() };
         d.root.write_zeroes(ByteRange::new(0, BLOCK), zeros).await.unwrap();

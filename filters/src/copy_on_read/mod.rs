@@ -13,6 +13,9 @@
 //!
 //! It rests, and costs nothing, while it has no permission to write unchanged data below: over a
 //! medium that is read-only. A copy that fails is given up; the read is what counts.
+//!
+//! The option `bottom` names the lowest layer that is copied from (BlockdevOptionsCor of the QMP
+//! reference). If a change of the graph takes it out of the chain, nothing is copied any more.
 
 #[cfg(test)]
 mod tests;
@@ -25,9 +28,10 @@ use gipfel_node::{
     Access, Child, DebugEvent, Driver, DriverDef, IoFuture, Kind, Mapping, Node, OpenArgs, Opened,
     Perm, Perms, Role, WriteFlags, ZeroFlags,
 };
+use serde::Deserialize;
 use serde_json::Value;
 
-use crate::filter::{Below, FILE, Filter, Filtered};
+use crate::filter::{Below, FILE, Filter, Filtered, parse, span};
 
 /// The filter copy-on-read.
 pub static COPY_ON_READ: DriverDef = DriverDef {
@@ -50,25 +54,51 @@ pub fn make(child: Arc<Child>) -> Box<dyn Driver> {
     Filtered::implicit(child, CopyOnRead::default())
 }
 
+#[derive(Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct Options {
+    bottom: Option<String>,
+}
+
 async fn open(args: OpenArgs) -> Result<Opened> {
-    check(&args.options)?;
-    let driver = Filtered::open(args.children, CopyOnRead::default()).await?;
+    let options: Options = parse(COPY_ON_READ.name, args.options)?;
+    if let (Some(bottom), Some(file)) = (&options.bottom, args.children.first())
+        && depth_of(file, bottom).await.is_none()
+    {
+        return Err(Error::invalid(format!(
+            "bottom: '{bottom}' is no image in the backing chain of '{}' (filters do not count)",
+            file.label()
+        )));
+    }
+    let filter = CopyOnRead { options, ..CopyOnRead::default() };
+    let driver = Filtered::open(args.children, filter).await?;
     Ok(Opened { driver, implicit: Vec::new() })
 }
 
-fn check(options: &Value) -> Result<()> {
-    let Some((key, _)) = options.as_object().and_then(|o| o.iter().next()) else { return Ok(()) };
-    Err(match key.as_str() {
-        "bottom" => Error::unsupported(
-            "option 'bottom' of driver 'copy-on-read' is not offered by this version: leave it \
-             out, and what any layer below holds is copied",
-        ),
-        _ => Error::invalid(format!("driver 'copy-on-read' has no option '{key}'")),
-    })
+/// How many images stand above the image `name` in the chain below `edge`, if it is in there.
+async fn depth_of(edge: &Child, name: &str) -> Option<u32> {
+    let child = |node: &Node, role| {
+        let i = node.def().children.iter().position(|c| c.role == role)?;
+        node.driver().children().get(i).cloned()
+    };
+    let mut at = edge.node().await?;
+    let mut depth = 0;
+    loop {
+        let below = match child(&at, Role::Filtered) {
+            Some(below) => below,
+            None if at.name() == name => return Some(depth),
+            None => {
+                depth += 1;
+                child(&at, Role::Backing)?
+            }
+        };
+        at = below.node().await?;
+    }
 }
 
 #[derive(Default)]
 struct CopyOnRead {
+    options: Options,
     /// Ranges that are being copied or written.
     held: RangeLock,
 }
@@ -90,11 +120,16 @@ impl CopyOnRead {
         // Reads and writes cross an edge of their own: entering the filter's edge once more would
         // wait for its drain, which waits for this piece.
         let edge = Child::new(below.child().label(), Some(node.clone()));
-        let wanted = ByteRange::new(offset, buf.len() as u64);
+        let wanted = span(offset, buf)?;
+        let deepest = match &self.options.bottom {
+            // Nothing comes from above the topmost image.
+            Some(bottom) => depth_of(&edge, bottom).await.unwrap_or(0),
+            None => u32::MAX,
+        };
         let mut left = piece;
         while !left.is_empty() {
             let (part, from_below) = match edge.status_through(left).await {
-                Ok((s, depth)) => (left.take(s.len), depth > 0 && s.allocated),
+                Ok((s, depth)) => (left.take(s.len), (1..=deepest).contains(&depth) && s.allocated),
                 // Not to know is no reason not to read.
                 Err(_) => (left, false),
             };
@@ -142,7 +177,8 @@ async fn keep(edge: &Child, part: ByteRange, wanted: ByteRange, buf: &Buf) -> Re
         let flags = ZeroFlags { unchanged: true, ..ZeroFlags::default() };
         edge.write_zeroes(part, flags).await
     } else {
-        edge.write(part.start(), copy, WriteFlags { fua: false, unchanged: true }).await
+        let flags = WriteFlags { unchanged: true, ..WriteFlags::default() };
+        edge.write(part.start(), copy, flags).await
     };
     Ok(())
 }
@@ -191,7 +227,7 @@ impl Filter for CopyOnRead {
 
     fn read<'a>(&'a self, below: &'a Below, offset: u64, buf: Buf) -> IoFuture<'a> {
         Box::pin(async move {
-            let wanted = ByteRange::new(offset, buf.len() as u64);
+            let wanted = span(offset, &buf)?;
             let cluster = cluster_size(below).await;
             // In whole clusters: a partial one would be filled up from below when it is written.
             let around = wanted.widen(cluster).unwrap_or(wanted);
@@ -214,7 +250,7 @@ impl Filter for CopyOnRead {
         flags: WriteFlags,
     ) -> IoFuture<'a> {
         Box::pin(async move {
-            let _held = self.held.lock(ByteRange::new(offset, buf.len() as u64)).await;
+            let _held = self.held.lock(span(offset, &buf)?).await;
             below.child().write(offset, buf, flags).await
         })
     }
@@ -247,7 +283,12 @@ impl Filter for CopyOnRead {
     }
 
     fn same_options(&self, options: Value) -> Result<()> {
-        check(&options)
+        if parse::<Options>(COPY_ON_READ.name, options)? == self.options {
+            return Ok(());
+        }
+        Err(Error::unsupported(
+            "option 'bottom' of driver 'copy-on-read' cannot be changed while the node is open",
+        ))
     }
 }
 

@@ -15,7 +15,7 @@ use gipfel_node::{
     Access, Child, Driver, DriverDef, IoFuture, Kind, Mapping, WriteFlags, ZeroFlags,
 };
 
-use crate::filter::{Below, FILE, Filter, Filtered};
+use crate::filter::{Below, FILE, Filter, Filtered, span};
 
 /// The filter detect-zeroes. It cannot be opened by name: see [`make`].
 pub static DETECT_ZEROES: DriverDef = DriverDef {
@@ -65,9 +65,7 @@ impl Filter for DetectZeroes {
                     no_fallback: true,
                     unchanged: flags.unchanged,
                 };
-                let range = ByteRange::checked(offset, buf.len() as u64)
-                    .ok_or_else(|| Error::invalid("a request ends past 2^64 bytes"))?;
-                match below.child().write_zeroes(range, zero).await {
+                match below.child().write_zeroes(span(offset, &buf)?, zero).await {
                     Err(e) if e.kind() == ErrorKind::Unsupported => {}
                     done => return done,
                 }

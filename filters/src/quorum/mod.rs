@@ -20,6 +20,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::task::Poll;
 
+use crate::filter::{parse, span};
 use gipfel_base::units::SECTOR;
 use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 use gipfel_io::Buf;
@@ -111,8 +112,7 @@ struct Quorum {
 /// Opens a quorum that sends its events to `reports`.
 pub fn open_reporting(args: OpenArgs, reports: Arc<Reports>) -> IoFuture<'static, Opened> {
     Box::pin(async move {
-        let options: Options = serde_json::from_value(args.options)
-            .map_err(|e| Error::invalid(format!("options of driver 'quorum': {e}")))?;
+        let options: Options = parse(QUORUM.name, args.options)?;
         let threshold = check(&options, args.children.len())?;
         let size = common_size(&args.children).await?;
         let driver = Quorum {
@@ -283,7 +283,7 @@ impl Quorum {
 
     /// Reads from the first child that answers.
     async fn read_first(&self, set: &[Arc<Child>], offset: u64, buf: Buf) -> Result<()> {
-        let range = ByteRange::new(offset, buf.len() as u64);
+        let range = span(offset, &buf)?;
         let mut errors = Vec::new();
         for c in set {
             match c.read(offset, buf.clone()).await {
@@ -312,7 +312,7 @@ impl Quorum {
     }
 
     async fn read_voted(&self, set: &[Arc<Child>], offset: u64, buf: Buf) -> Result<()> {
-        let range = ByteRange::new(offset, buf.len() as u64);
+        let range = span(offset, &buf)?;
         let mut vote = self.ask(set, offset, &buf).await;
         let mut held = None;
         if !vote.agrees() {
@@ -434,7 +434,7 @@ impl Driver for Quorum {
 
     fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
         Box::pin(async move {
-            let range = ByteRange::new(offset, buf.len() as u64);
+            let range = span(offset, &buf)?;
             let flags = WriteFlags { fua: false, ..flags };
             let set = self.copies.enter().await;
             let _held = self.order.lock(range).await;

@@ -20,6 +20,8 @@ use gipfel_node::{
     Perm, Perms, Role, SnapshotSource, Status, WriteFlags,
 };
 
+use crate::filter::no_options;
+
 /// The driver snapshot-access. It is no filter: its data are not those of its child.
 pub static SNAPSHOT_ACCESS: DriverDef = DriverDef {
     name: "snapshot-access",
@@ -39,9 +41,7 @@ pub static SNAPSHOT_ACCESS: DriverDef = DriverDef {
 async fn open(args: OpenArgs) -> Result<Opened> {
     let [file] = <[Arc<Child>; 1]>::try_from(args.children)
         .map_err(|_| Error::invalid("snapshot-access has the child 'file'"))?;
-    if let Some(o) = args.options.as_object().and_then(|o| o.keys().next()) {
-        return Err(Error::invalid(format!("driver 'snapshot-access' has no option '{o}'")));
-    }
+    no_options(SNAPSHOT_ACCESS.name, &args.options)?;
     let size = {
         let entered = file.enter().await;
         source(&file, entered.as_ref())?.size()

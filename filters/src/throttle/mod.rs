@@ -26,7 +26,7 @@ pub use group::ThrottleGroup;
 use group::{Member, Way};
 pub use limits::Limits;
 
-use crate::filter::{Below, FILE, Filter, Filtered};
+use crate::filter::{Below, FILE, Filter, Filtered, parse};
 
 /// The filter throttle. A process with throttle groups opens it through [`Groups::open`].
 pub static THROTTLE: DriverDef = DriverDef {
@@ -47,11 +47,6 @@ pub static THROTTLE: DriverDef = DriverDef {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct Options {
     throttle_group: String,
-}
-
-fn parse(options: Value) -> Result<Options> {
-    serde_json::from_value(options)
-        .map_err(|e| Error::invalid(format!("options of driver 'throttle': {e}")))
 }
 
 /// The throttle groups of a process, by name.
@@ -120,7 +115,7 @@ impl Groups {
     pub fn open(self: &Arc<Self>, args: OpenArgs) -> IoFuture<'static, Opened> {
         let groups = self.clone();
         Box::pin(async move {
-            let options = parse(args.options)?;
+            let options: Options = parse(THROTTLE.name, args.options)?;
             let member =
                 groups.get(&options.throttle_group)?.join(&format!("node '{}'", args.node_name));
             let driver = Filtered::open(args.children, Throttle { member }).await?;
@@ -211,7 +206,7 @@ impl Filter for Throttle {
     }
 
     fn same_options(&self, options: Value) -> Result<()> {
-        let wanted = parse(options)?.throttle_group;
+        let wanted = parse::<Options>(THROTTLE.name, options)?.throttle_group;
         let group = self.member.group().name();
         if wanted == group {
             return Ok(());

@@ -1,7 +1,7 @@
 //! The header of a LUKS1 image: parsed and checked, nothing else (LUKS1 spec 1.2.3, chapter 2,
 //! "Overview" and the tables "PHDR layout" and "key slot layout"; all numbers big-endian).
 
-use gipfel_base::{ByteRange, Error, Result};
+use gipfel_base::{ByteRange, Error, ErrorKind, Result};
 
 use super::cipher::Spec;
 use super::hash::Hash;
@@ -20,6 +20,10 @@ const SALT: usize = 32;
 pub(super) const DIGEST: usize = 20;
 /// Into how many stripes key material is split (LUKS_STRIPES): no other number is ever written.
 pub(super) const STRIPES: u32 = 4000;
+
+/// Most rounds of PBKDF2 that are taken on to try a passphrase on all slots: a minute's work. Tools
+/// give a slot what takes them two seconds, which is ten million with a quick hash and machine.
+const MAX_ROUNDS: u64 = 100_000_000;
 
 const ACTIVE: u32 = 0x00ac_71f3;
 const INACTIVE: u32 = 0x0000_dead;
@@ -132,10 +136,31 @@ impl Header {
         self.spec.key_len() * STRIPES as usize
     }
 
+    /// Fails where a wrong passphrase, which is tried on every slot, would keep its user (and the
+    /// graph, which is not changed meanwhile) waiting for minutes.
+    fn check_work(&self) -> Result<()> {
+        let rounds = |len: usize| len.div_ceil(self.hash.digest(b"").len()) as u64;
+        let digest = u64::from(self.digest_iterations) * rounds(DIGEST);
+        let slot = |s: &Slot| u64::from(s.iterations) * rounds(self.spec.key_len()) + digest;
+        let all: u64 = self.slots.iter().filter(|s| s.active).map(slot).sum();
+        if all <= MAX_ROUNDS {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Limit,
+            format!(
+                "trying a passphrase on all its key slots takes {all} rounds of the hash, more \
+                 than the {MAX_ROUNDS} that are taken on: give its keys fewer iterations \
+                 (cryptsetup luksChangeKey --pbkdf-force-iterations)"
+            ),
+        ))
+    }
+
     fn check(&self, detached: bool) -> Result<()> {
         if self.digest_iterations == 0 {
             return Err(bad("the digest of its master key has no iterations"));
         }
+        self.check_work()?;
         let head = ByteRange::new(0, (LEN as u64).next_multiple_of(SECTOR));
         if !detached && self.payload < head.end() {
             return Err(bad(if self.payload == 0 {

@@ -22,6 +22,9 @@ impl Qcow2 {
     /// here on, and no entry refers to them yet.
     pub(super) async fn allocate(&self, n: u64, exact: bool) -> Result<Extent> {
         self.event(DebugEvent::ClusterAlloc).await;
+        if exact && n >= self.g.block_entries() {
+            return self.allocate_long(n).await;
+        }
         loop {
             let step = self.refcounts().allocate(&self.refcount_slices, n, exact);
             match step.map_err(|e| e.context(format!("qcow2 node '{}'", self.name)))? {
@@ -58,6 +61,31 @@ impl Qcow2 {
             drop(r);
             self.write_refcounts().await?;
         }
+    }
+
+    /// Takes `n` clusters in one piece that is longer than the reach of a refcount block between
+    /// itself and the next one: its blocks lie together before it, at the end of the file.
+    async fn allocate_long(&self, n: u64) -> Result<Extent> {
+        let _alone = self.refcount_loads.lock(ByteRange::new(0, u64::MAX)).await;
+        let (first, blocks) = {
+            let r = self.refcounts();
+            r.long_run(n).map_err(|e| e.context(format!("qcow2 node '{}'", self.name)))?
+        };
+        let (per_block, bits) = (self.g.block_entries(), self.g.cluster_bits);
+        let start = first * per_block;
+        self.event(DebugEvent::RefblockAlloc).await;
+        for b in 0..blocks {
+            let mut block = vec![0; self.g.cluster_size() as usize];
+            let used = (blocks + n - b * per_block).min(per_block);
+            (0..used).for_each(|i| self.g.set_refcount(&mut block, i, 1));
+            self.event(DebugEvent::RefblockAllocWrite).await;
+            let at = (start + b) << bits;
+            self.file().write(at, Buf::from_slice(&block), WriteFlags::default()).await?;
+        }
+        self.flushing.wrote();
+        self.refcounts().add_long_run(first, blocks, n);
+        self.flushing.changed();
+        Ok(Extent { first: start + blocks, count: n, fresh: true })
     }
 
     /// Gives back clusters to which no entry has ever referred.

@@ -208,6 +208,15 @@ impl Cluster {
     }
 }
 
+/// The L2 entry of a compressed stream of `len` bytes at `host`, if one can say that (spec,
+/// Compressed Clusters Descriptor).
+pub fn compressed_entry(host: u64, len: u64, g: Geometry) -> Option<u64> {
+    let x = 62 - (g.cluster_bits - 8);
+    let more = (host + len - 1) / 512 - host / 512;
+    let fits = host < 1 << x && more < 1 << (62 - x);
+    fits.then_some(COMPRESSED | more << x | host)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,6 +247,9 @@ mod tests {
         let want = Cluster::Compressed { host: 0x12345, len: 3 * 512 - 0x145 };
         assert_eq!(Cluster::decode(word(e), G, 3), want);
         assert_eq!(Cluster::decode(word(COMPRESSED), G, 3), Cluster::Bad);
+        assert_eq!(compressed_entry(0x12345, 3 * 512 - 0x145, G), Some(e));
+        assert_eq!(compressed_entry(0x12345, 2 * 512 - 0x145 + 1, G), Some(e));
+        assert_eq!(compressed_entry(1 << 54, 512, G), None);
         let extended = Geometry { extended_l2: true, ..G };
         let e = Entry { word: e, bitmap: u64::MAX };
         assert_eq!(Cluster::decode(e, extended, 3), want, "its bitmap is not used");

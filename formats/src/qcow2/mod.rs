@@ -1,9 +1,10 @@
 //! Format `qcow2`, versions 2 and 3 (qcow2 spec; BlockdevOptionsQcow2 of the QMP reference).
 //!
 //! Requests for clusters that are there are only mapped ([`lookup`]): no lock, no wait, whatever
-//! thread they come from. What needs work goes through [`read`], [`write`] and [`zero`]. Tables are
-//! changed in memory and written by [`flush`] in the order that keeps the image right at any
-//! moment: refcounts and data, then the refcount table, then the entries that rely on them.
+//! thread they come from. What needs work goes through [`read`], [`write`], [`compress`] and
+//! [`zero`]. Tables are changed in memory and written by [`flush`] in the order that keeps the
+//! image right at any moment: refcounts and data, then the refcount table, then the entries that
+//! rely on them.
 //!
 //! Who may change what:
 //! - an L2 entry: whoever holds its guest cluster in `guests`;
@@ -14,6 +15,7 @@ mod alloc;
 mod amend;
 pub mod cache;
 pub mod check;
+mod compress;
 mod create;
 pub mod entry;
 mod flush;
@@ -132,6 +134,8 @@ struct Qcow2 {
     l2_loads: RangeLock,
     /// Refcount slices that are being read or made.
     refcount_loads: RangeLock,
+    /// Held while room for compressed data is taken.
+    packing: async_lock::Mutex<()>,
     flushing: flush::Flushing,
     /// Somebody below listened to the last event.
     watched: AtomicBool,
@@ -210,8 +214,11 @@ impl Driver for Qcow2 {
         Box::pin(self.read_clusters(offset, buf))
     }
 
-    fn write<'a>(&'a self, offset: u64, buf: Buf, _: WriteFlags) -> IoFuture<'a> {
-        Box::pin(self.write_clusters(offset, buf))
+    fn write<'a>(&'a self, offset: u64, buf: Buf, flags: WriteFlags) -> IoFuture<'a> {
+        match flags.compressed {
+            true => Box::pin(self.write_compressed(offset, buf)),
+            false => Box::pin(self.write_clusters(offset, buf)),
+        }
     }
 
     fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
@@ -237,6 +244,11 @@ impl Driver for Qcow2 {
 
     fn zero_ability(&self) -> Ability {
         if self.version >= 3 { Ability::Native } else { Ability::Emulated }
+    }
+
+    fn compresses(&self) -> Option<u32> {
+        // Spec, External Data File Name: there are no compressed clusters with one.
+        (!self.g.data_file).then(|| self.g.cluster_size() as u32)
     }
 
     fn limits(&self) -> Limits {

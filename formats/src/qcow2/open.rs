@@ -108,6 +108,7 @@ async fn image(
         tables: RangeLock::new(),
         l2_loads: RangeLock::new(),
         refcount_loads: RangeLock::new(),
+        packing: async_lock::Mutex::new(()),
         flushing: flush::Flushing::default(),
         watched: AtomicBool::new(watched),
     })

@@ -51,6 +51,17 @@ pub(super) enum Step {
     Block(u64),
 }
 
+/// Where there is room for compressed data.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Packed {
+    /// At this host byte; the references are counted.
+    At(u64),
+    /// This slice of refcounts must be read first.
+    Load(u64),
+    /// Nowhere: it begins a cluster.
+    Full,
+}
+
 /// The state.
 pub(super) struct Refcounts {
     g: Geometry,
@@ -66,6 +77,9 @@ pub(super) struct Refcounts {
     fresh: u64,
     /// Clusters that hold metadata.
     pub(super) meta: HashSet<u64>,
+    /// Where the compressed data that were written last end, in bytes: within a cluster that
+    /// still holds some.
+    packed: Option<u64>,
     pending: VecDeque<Pending>,
 }
 
@@ -101,6 +115,7 @@ impl Refcounts {
             hint: 0,
             fresh: end,
             meta: HashSet::new(),
+            packed: None,
             pending: VecDeque::new(),
         }
     }
@@ -161,6 +176,42 @@ impl Refcounts {
         (start - from, free as u64)
     }
 
+    /// Takes `len` bytes, fewer than a cluster's, behind the compressed data that were written
+    /// last: in the same cluster, and, if they do not fit there, in the next one, if that is free.
+    pub(super) fn pack(&mut self, pages: &TableCache, len: u64) -> Packed {
+        let Some(at) = self.packed.take() else { return Packed::Full };
+        let (first, last) = (at >> self.g.cluster_bits, (at + len - 1) >> self.g.cluster_bits);
+        // (At the end of a slice that cluster is not filled up.)
+        if first / self.per_slice != last / self.per_slice {
+            return Packed::Full;
+        }
+        let Some(references) = self.refcount(pages, first) else {
+            self.packed = Some(at);
+            return Packed::Load(first / self.per_slice);
+        };
+        let next_is_free = || self.refcount(pages, last) == Some(0) && !self.meta.contains(&last);
+        if references == self.g.max_refcount() || last != first && !next_is_free() {
+            return Packed::Full;
+        }
+        pages
+            .update(first / self.per_slice, |w| {
+                set(self.g, w, first % self.per_slice, references + 1);
+                if last != first {
+                    set(self.g, w, last % self.per_slice, 1);
+                }
+            })
+            .expect("slices stay while the state is locked");
+        self.raise_hint(last, last + 1);
+        self.fresh = self.fresh.max(last + 1);
+        self.pack_behind(at + len);
+        Packed::At(at)
+    }
+
+    /// Lets the next compressed data begin at host byte `end`, where others end.
+    pub(super) fn pack_behind(&mut self, end: u64) {
+        self.packed = (self.g.in_cluster(end) != 0).then_some(end);
+    }
+
     fn raise_hint(&mut self, from: u64, to: u64) {
         if self.hint == from {
             self.hint = to;
@@ -211,6 +262,31 @@ impl Refcounts {
         std::iter::once(1 << shift).chain(std::iter::repeat(0))
     }
 
+    /// Where `n` clusters in one piece find room with all the blocks that count them: the first of
+    /// those blocks, and how many they are. From there on nothing was ever written.
+    pub(super) fn long_run(&self, n: u64) -> Result<(u64, u64)> {
+        let per_block = self.g.block_entries();
+        let known = self.table.iter().rposition(|b| *b != 0).map_or(0, |i| i as u64 + 1);
+        let first = self.fresh.div_ceil(per_block).max(known);
+        // Each block counts one block and `per_block - 1` others.
+        let blocks = n.div_ceil(per_block - 1);
+        self.check_block(first + blocks - 1)?;
+        Ok((first, blocks))
+    }
+
+    /// Puts the blocks of such a run into the table: they lie in the first clusters that they
+    /// count, the run behind them, and on disk they say so.
+    pub(super) fn add_long_run(&mut self, first: u64, blocks: u64, n: u64) {
+        let start = first * self.g.block_entries();
+        self.table.resize((first + blocks) as usize, 0);
+        for b in 0..blocks {
+            self.table[(first + b) as usize] = (start + b) << self.g.cluster_bits;
+            self.table_dirty.insert((first + b) as usize);
+            self.meta.insert(start + b);
+        }
+        self.fresh = self.fresh.max(start + blocks + n);
+    }
+
     /// Takes one reference from each of `count` clusters of one slice, or all of them if `all`.
     /// `None` where the slice must be read first; else the clusters that are free now.
     pub(super) fn release(
@@ -245,6 +321,8 @@ impl Refcounts {
                 self.hint = self.hint.min(*c);
                 self.meta.remove(c);
             }
+            // What is free is not added to.
+            self.packed = self.packed.filter(|at| !f.contains(&(at >> self.g.cluster_bits)));
         }
         Some(freed)
     }
@@ -346,5 +424,37 @@ mod tests {
         fill(1, &mut words);
         assert_eq!(got(&mut r, 2, false), (257, 2, true));
         assert!(r.release(&pages, 300, 1, false).unwrap().is_err());
+    }
+
+    #[test]
+    fn compressed_data_share_clusters_as_far_as_refcounts_go() {
+        // Refcounts of two bits; clusters 0 to 3 are used.
+        let g = Geometry::new(9, 1);
+        let pages = TableCache::new(64, 1 << 20);
+        let mut r = Refcounts::new(g, 2048, vec![512], 4);
+        let Reserve::Place(p) = pages.reserve(0) else { panic!("there is room") };
+        p.fill([0x55 << 56].into_iter().chain([0; 63]), false, false);
+        let begin = |r: &mut Refcounts, len| {
+            let Step::Got(e) = r.allocate(&pages, 1, false).unwrap() else { panic!("no cluster") };
+            r.pack_behind((e.first << 9) + len);
+            e.first
+        };
+        assert_eq!(r.pack(&pages, 100), Packed::Full);
+        assert_eq!(begin(&mut r, 100), 4);
+        assert_eq!(r.pack(&pages, 300), Packed::At(4 * 512 + 100));
+        // Into the next cluster, which is free; and on in that one.
+        assert_eq!(r.pack(&pages, 200), Packed::At(4 * 512 + 400));
+        assert_eq!((r.refcount(&pages, 4), r.refcount(&pages, 5)), (Some(3), Some(1)));
+        assert_eq!(r.pack(&pages, 10), Packed::At(5 * 512 + 88));
+        assert_eq!(r.pack(&pages, 10), Packed::At(5 * 512 + 98));
+        assert_eq!(r.pack(&pages, 10), Packed::Full, "its refcount is the largest that there is");
+        // The next cluster is not free.
+        assert_eq!(begin(&mut r, 500), 6);
+        assert!(matches!(r.allocate(&pages, 1, false).unwrap(), Step::Got(_)));
+        assert_eq!(r.pack(&pages, 100), Packed::Full);
+        // The cluster itself has become free.
+        assert_eq!(begin(&mut r, 10), 8);
+        assert_eq!(r.release(&pages, 8, 1, false).unwrap().unwrap(), [8]);
+        assert_eq!(r.pack(&pages, 10), Packed::Full);
     }
 }

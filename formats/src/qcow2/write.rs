@@ -243,7 +243,7 @@ impl Qcow2 {
     }
 
     /// Reads what was in `range` before; what lies past the end of the disk is zeros.
-    async fn read_around(&self, range: ByteRange, buf: Buf) -> Result<()> {
+    pub(super) async fn read_around(&self, range: ByteRange, buf: Buf) -> Result<()> {
         let end = self.size.load(Ordering::Acquire);
         let n = end.saturating_sub(range.start()).min(range.len()) as usize;
         buf.slice(n..buf.len()).fill(0);

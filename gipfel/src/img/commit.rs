@@ -141,6 +141,7 @@ impl Commit<'_> {
             any_order: false,
             rate: self.rate,
             salvage: None,
+            compressed: None,
         }
     }
 

@@ -24,6 +24,7 @@ Examples:
   gipfel img convert -p -O raw disk.qcow2 disk.raw
   gipfel img convert -f raw -O qcow2 -o cluster_size=128k disk.raw disk.qcow2
   gipfel img convert -O qcow2 -B base.qcow2 -F qcow2 old.qcow2 new.qcow2
+  gipfel img convert -c -O qcow2 -o compression_type=zstd disk.raw small.qcow2
   gipfel img convert -n -W disk.qcow2 /dev/vg/volume
 
 The target is overwritten, unless it is in use. A copy that fails or is interrupted leaves a
@@ -37,9 +38,8 @@ const MAX_SHORTEST_HOLE: u64 = 16 << 20;
 const PROBED: u64 = 2048;
 
 /// Options that are known and not offered, with what they would do.
-const MISSING: [(&str, Option<char>, bool, &str); 4] = [
+const MISSING: [(&str, Option<char>, bool, &str); 3] = [
     ("source-snapshot", Some('l'), true, "copying an internal snapshot"),
-    ("compress", Some('c'), false, "writing compressed images"),
     ("bitmaps", None, false, "copying bitmaps"),
     ("skip-broken-bitmaps", None, false, "copying bitmaps"),
 ];
@@ -91,6 +91,7 @@ pub fn command() -> Command {
         ))
         .arg(super::flag("salvage", None, "Take what cannot be read for zeros, and go on"))
         .args(super::progress_args())
+        .arg(super::flag("compress", Some('c'), "Store data compressed, if the format can"))
         .arg(
             Arg::new("files")
                 .value_name("SOURCE... TARGET")
@@ -122,6 +123,7 @@ struct Asking<'a> {
     any_order: bool,
     rate: Option<u64>,
     salvage: Option<Salvage>,
+    compress: bool,
     progress: bool,
 }
 
@@ -181,6 +183,11 @@ fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<As
     if flag("copy-range-offloading") && flag("salvage") {
         return Err(Error::invalid("-C and --salvage cannot be given together"));
     }
+    if flag("compress") && given.get("preallocation").is_some_and(|p| p != "off") {
+        return Err(Error::invalid(
+            "-c lets data take less space, and preallocation takes all of it: give one",
+        ));
+    }
     if !flag("target-image-opts") {
         create::set_backing(&mut given, format, m)?;
     }
@@ -216,6 +223,7 @@ fn asking<'a>(m: &'a ArgMatches, format: &'a str, mut given: Given) -> Result<As
         rate: super::rate(m)?,
         salvage: flag("salvage").then_some(Salvage { quiet: flag("quiet") }),
         progress: super::shows(m),
+        compress: flag("compress"),
     })
 }
 
@@ -265,6 +273,9 @@ async fn convert(
         })?;
     }
     let is_new = a.new.is_some();
+    if a.compress && is_new && !options::compresses(a.format) {
+        return Err(no_compression(a.target.name, a.format));
+    }
     if let Some(mut options) = a.new {
         options.set(a.format, "size", Some(&at.to_string()))?;
         let new =
@@ -283,6 +294,10 @@ async fn convert(
     if target.guessed_raw {
         refuse_header(graph, &sources[0], a.target.name).await?;
     }
+    let compressed = match a.compress {
+        true => Some(unit_of(&target, a.target.name).await?),
+        false => None,
+    };
     let fresh = is_new && target.node.driver().reads_zero_when_new();
     let options = Options {
         len: at.min(target.node.size()),
@@ -297,10 +312,24 @@ async fn convert(
         any_order: a.any_order,
         rate: a.rate,
         salvage: a.salvage,
+        compressed,
     };
     let copy = Copy::new(options, progress);
     progress.shown_whole(a.progress, copy.run(threads, a.workers)).await?;
     target.backend.flush().await.at(|| format!("writing '{}'", a.target.name))
+}
+
+/// The unit in which the target stores compressed data, in bytes.
+async fn unit_of(target: &open::Image, name: &str) -> Result<u64> {
+    let unit = target.backend.compresses().await?;
+    unit.map(u64::from).ok_or_else(|| no_compression(name, target.node.def().name))
+}
+
+fn no_compression(name: &str, format: &str) -> Error {
+    Error::unsupported(format!(
+        "-c: '{name}' is of format {format}, which cannot store data compressed: take one that \
+         can, such as qcow2"
+    ))
 }
 
 async fn has_backing(node: &Node) -> bool {

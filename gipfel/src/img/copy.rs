@@ -67,6 +67,8 @@ pub struct Options {
     pub any_order: bool,
     /// Bytes a second at most.
     pub rate: Option<u64>,
+    /// Data are stored compressed, in whole units of this size, in bytes.
+    pub compressed: Option<u64>,
     /// What cannot be read of the sources is taken for zeros, and told; told to nobody if `quiet`.
     pub salvage: Option<Salvage>,
 }
@@ -188,7 +190,8 @@ impl Copy {
                 None if self.options.layered => self.look_down(c.at).await?,
                 None => self.look(c.at).await?,
             };
-            let Known { range, kind, .. } = known;
+            let Known { range, kind, source } = known;
+            let (range, kind) = self.whole_units(source, range, kind);
             let piece = self.cut(range, kind);
             c.at = piece.end();
             let rest = range.skip(piece.len());
@@ -281,10 +284,33 @@ impl Copy {
         }
     }
 
+    /// Where data are compressed: units that are data in part are data, to their ends.
+    fn whole_units(
+        &self,
+        source: Option<usize>,
+        range: ByteRange,
+        kind: Kind,
+    ) -> (ByteRange, Kind) {
+        let (Some(unit), Some(source)) = (self.options.compressed, source) else {
+            return (range, kind);
+        };
+        let (start, source) = (range.start(), self.options.sources[source].range);
+        let last = range.end() - range.end() % unit;
+        if range.end() == source.end() || kind != Kind::Data && last == range.end() {
+            return (range, kind);
+        }
+        if kind != Kind::Data && last > start {
+            return (ByteRange::between(start, last), kind);
+        }
+        let end = range.end().next_multiple_of(unit).min(source.end());
+        (ByteRange::between(start, end), Kind::Data)
+    }
+
     /// The first piece of a range, ending at a round place.
     fn cut(&self, range: ByteRange, kind: Kind) -> ByteRange {
+        let unit = self.options.compressed.unwrap_or(0);
         let piece = match kind {
-            Kind::Data => PIECE.max(self.options.shortest_hole),
+            Kind::Data => PIECE.max(self.options.shortest_hole).max(unit),
             Kind::Zero => ZERO_PIECE,
             Kind::Same => return range,
         };
@@ -314,11 +340,14 @@ impl Copy {
         match &buf {
             Some(buf) => {
                 let shortest = if o.search { o.shortest_hole } else { 0 };
-                for (at, len, data) in sparse::split(buf, range.start(), shortest as usize) {
+                let parts = match o.compressed {
+                    Some(unit) if shortest > 0 => sparse::units(buf, range.start(), unit as usize),
+                    _ => sparse::split(buf, range.start(), shortest as usize),
+                };
+                for (at, len, data) in parts {
                     let start = range.start() + at as u64;
                     if data {
-                        let part = buf.slice(at..at + len);
-                        writes.push(Box::pin(o.target.write(start, part, false)));
+                        writes.push(self.data(start, buf.slice(at..at + len)));
                     } else if !o.is_zero {
                         writes.push(self.zero(ByteRange::new(start, len as u64)));
                     }
@@ -360,6 +389,14 @@ impl Copy {
         }
     }
 
+    /// Writes data to the target.
+    fn data(&self, start: u64, buf: Buf) -> IoFuture<'_> {
+        match self.options.compressed {
+            Some(_) => Box::pin(self.options.target.write_compressed(start, buf)),
+            None => Box::pin(self.options.target.write(start, buf, false)),
+        }
+    }
+
     /// Makes a range of the target read as zeros, by writing them if nothing is to be left out.
     fn zero(&self, range: ByteRange) -> IoFuture<'_> {
         let flags = ZeroFlags { unmap: self.options.shortest_hole > 0, ..ZeroFlags::default() };
@@ -367,12 +404,13 @@ impl Copy {
             return Box::pin(self.options.target.write_zeroes(range, flags));
         }
         Box::pin(async move {
-            let zeros = Buf::zeroed(PIECE.min(range.len()) as usize);
+            let piece = PIECE.max(self.options.compressed.unwrap_or(0));
+            let zeros = Buf::zeroed(piece.min(range.len()) as usize);
             let mut left = range;
             while !left.is_empty() {
-                let part = zeros.slice(0..left.take(PIECE).len() as usize);
-                self.options.target.write(left.start(), part, false).await?;
-                left = left.skip(PIECE);
+                let part = zeros.slice(0..left.take(piece).len() as usize);
+                self.data(left.start(), part).await?;
+                left = left.skip(piece);
             }
             Ok(())
         })

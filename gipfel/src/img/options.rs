@@ -168,6 +168,11 @@ fn amendable(format: &str) -> Result<&'static [&'static str]> {
     })
 }
 
+/// Whether new images of `format` have a kind of compression.
+pub fn compresses(format: &str) -> bool {
+    all(format).any(|o| o.name == "compression_type")
+}
+
 fn all(format: &str) -> impl Iterator<Item = &'static CreateOption> {
     let own = FORMATS.iter().find(|(f, _)| *f == format).map_or(OTHER, |(_, o)| o);
     own.iter().chain(FILE)

@@ -39,6 +39,20 @@ pub fn split(buf: &Buf, offset: u64, shortest: usize) -> Vec<Part> {
     joined
 }
 
+/// Splits `buf`, which goes to `offset` of the target, into units of `unit` bytes there that are
+/// all zeros, and the others.
+pub fn units(buf: &Buf, offset: u64, unit: usize) -> Vec<Part> {
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while at < buf.len() {
+        let into = (offset % unit as u64) as usize + at;
+        let len = (unit - into % unit).min(buf.len() - at);
+        push(&mut parts, (at, len, !buf.slice(at..at + len).is_zero()));
+        at += len;
+    }
+    parts
+}
+
 /// Adds a part, to the last one if it is of the same kind.
 fn push(parts: &mut Vec<Part>, part: Part) {
     match parts.last_mut() {
@@ -69,6 +83,8 @@ mod tests {
         assert_eq!(split(&buf, 0, 0), [(0, 65536, true)]);
         assert_eq!(split(&buf, 0, 512)[1], (4608, 512, true));
         assert_eq!(split(&Buf::zeroed(1000), 512, 4096), [(0, 1000, false)]);
+        assert_eq!(units(&buf, 0, 16384)[..2], [(0, 32768, true), (32768, 32768, false)]);
+        assert_eq!(units(&buf, 1024, 65536), [(0, 64512, true), (64512, 1024, false)]);
         assert_eq!(split(&buf, 1024, 4096)[..2], [(0, 3072, false), (3072, 4096, true)]);
     }
 }

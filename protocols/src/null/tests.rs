@@ -28,7 +28,9 @@ fn reads_give_zeros_and_never_what_memory_held() {
             assert_eq!(node.size(), 1 << 30);
             let b = Buf::new(4096);
             b.fill(0xee);
-            edge.write(512, b.clone(), WriteFlags { fua: true, unchanged: false }).await.unwrap();
+            edge.write(512, b.clone(), WriteFlags { fua: true, ..WriteFlags::default() })
+                .await
+                .unwrap();
             edge.read(512, b.clone()).await.unwrap();
             assert!(b.is_zero());
             edge.write_zeroes(ByteRange::new(0, 1 << 30), ZeroFlags::default()).await.unwrap();

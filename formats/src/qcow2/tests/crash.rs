@@ -5,10 +5,13 @@
 use std::rc::Rc;
 
 use gipfel_io::sim::{Fault, Keep, Rng, World};
+use gipfel_node::WriteFlags;
 use serde_json::{Value, json};
 
 use super::disk::{check, close, create, open, shapes};
-use super::model::{Model, SECTOR, Shared, backing_tag, check_all, content, work};
+use super::model::{
+    Model, SECTOR, Shared, backing_tag, check_all, content, sometimes_compressed, work,
+};
 
 const IMAGE: &str = "image";
 const DATA: &str = "image.data";
@@ -185,6 +188,35 @@ fn the_power_goes_at_every_io() {
     println!("{crashes} crashes");
 }
 
+/// Tables in one piece that are longer than what one refcount block counts.
+#[test]
+fn long_tables_find_a_place() {
+    for (size, larger) in [(1 << 20, 140 << 20), (120 << 20, 9 << 30)] {
+        let world = World::new(size);
+        let shape = json!({ "size": size, "cluster-size": 512, "refcount-bits": 64 });
+        world.run(async {
+            create(IMAGE, shape).await;
+            let image = open(IMAGE, None, json!({})).await.unwrap();
+            let write = async |at: u64, byte: u8| {
+                let buf = gipfel_io::Buf::new(5000);
+                buf.fill(byte);
+                image.write(at, buf, WriteFlags::default()).await.unwrap();
+            };
+            write(size / 2, 1).await;
+            image.node().await.unwrap().driver().resize(larger).await.unwrap();
+            write(larger - 5000, 2).await;
+            let buf = gipfel_io::Buf::new(5000);
+            for (at, byte) in [(size / 2, 1), (larger - 5000, 2)] {
+                image.read(at, buf.clone()).await.unwrap();
+                assert_eq!(buf.to_vec(), [byte; 5000]);
+            }
+            close(&image).await.unwrap();
+            let r = check(IMAGE).await.unwrap();
+            assert_eq!((r.corruptions, r.leaks), (0, 0), "{:#?}", r.findings);
+        });
+    }
+}
+
 #[test]
 fn errors_at_every_io_leave_a_sound_image() {
     for seed in 0..soak(40, 400) {
@@ -212,7 +244,10 @@ fn errors_at_every_io_leave_a_sound_image() {
                         0 => image.flush().await,
                         1 => image.discard(range).await,
                         2 => image.write_zeroes(range, Default::default()).await,
-                        _ => image.write(at, buf, Default::default()).await,
+                        _ => {
+                            let flags = sometimes_compressed(&image, &mut rng).await;
+                            image.write(at, buf, flags).await
+                        }
                     };
                 }
                 world.set_fault(None);

@@ -127,6 +127,12 @@ fn range(rng: &mut Rng, sectors: u64, t: u64, tasks: u64) -> (u64, u64) {
     (first + skip, 1 + rng.below(RUN - skip))
 }
 
+/// How to write: often compressed, where the image can store that.
+pub async fn sometimes_compressed(image: &Child, rng: &mut Rng) -> WriteFlags {
+    let can = image.node().await.is_some_and(|n| n.driver().compresses().is_some());
+    WriteFlags { compressed: rng.one_in(2) && can, ..WriteFlags::default() }
+}
+
 async fn step(
     image: &Arc<Child>,
     shared: &Rc<Shared>,
@@ -144,7 +150,7 @@ async fn step(
             let tag = 2 + (rng.next_u64() >> 40);
             begin(tag);
             let data: Vec<u8> = (first..first + n).flat_map(|s| content(s, tag)).collect();
-            let flags = WriteFlags::default();
+            let flags = sometimes_compressed(image, rng).await;
             image.write(bytes.start(), Buf::from_slice(&data), flags).await?;
             complete();
         }

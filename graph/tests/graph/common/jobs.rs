@@ -15,7 +15,7 @@ use gipfel_node::{
 use crate::common::BLOCK;
 
 /// What the lab follows are the writes of clients, and not the copies of them.
-const COPIED: WriteFlags = WriteFlags { fua: false, unchanged: true };
+const COPIED: WriteFlags = WriteFlags { fua: false, unchanged: true, compressed: false };
 
 /// What a filter and its job share.
 pub struct Copy {

@@ -193,7 +193,8 @@ impl Driver for Memory {
     fn write_zeroes<'a>(&'a self, range: ByteRange, flags: ZeroFlags) -> IoFuture<'a> {
         Box::pin(async move {
             pause(range.start() ^ 99).await;
-            let flags = WriteFlags { fua: flags.fua, unchanged: flags.unchanged };
+            let (fua, unchanged) = (flags.fua, flags.unchanged);
+            let flags = WriteFlags { fua, unchanged, ..WriteFlags::default() };
             self.arrive("a write of zeros", std::iter::empty(), flags);
             if !flags.unchanged {
                 self.lab.zeroed.lock().unwrap().insert(range.start(), true);
