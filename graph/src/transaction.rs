@@ -158,7 +158,7 @@ impl Plan {
                 (Some(f), Some(t)) => draft.get_node(f).is_some() && draft.reaches(f, t),
                 _ => false,
             };
-            let (edge, rank) = (now.live.clone(), draft.rank(*id));
+            let (edge, rank) = (now.live.clone(), draft.rank_before(*id));
             swaps.push(Swap { edge, from: was, to, onto_lower, rank });
         }
         let stays = |id: &&EdgeId| match draft.before.edges.get(*id) {
@@ -168,7 +168,7 @@ impl Plan {
         swaps.extend(draft.drained.iter().filter(stays).map(|id| {
             let now = draft.edge(*id);
             let to = now.target.map(|n| draft.node(n).live.clone());
-            let (edge, rank) = (now.live.clone(), draft.rank(*id));
+            let (edge, rank) = (now.live.clone(), draft.rank_before(*id));
             Swap { edge, from: None, to, onto_lower: false, rank }
         }));
         swaps.sort_by_key(|s| s.rank);
@@ -220,7 +220,7 @@ fn resettled(draft: &Draft<'_>) -> (Vec<Resettled>, Vec<(NodeId, Arc<Node>)>) {
         let kept = targets.filter_map(|t| Some((t, draft.get_node(t)?.live.clone())));
         dropped.extend(kept);
         let set = copies(draft, *id).map(|(_, e)| e.live.clone()).collect();
-        let rank = now.children.first().map_or(0, |e| draft.rank(*e));
+        let rank = before.children.first().map_or(0, |e| draft.rank_before(*e));
         let grows = now.children.iter().any(|e| !before.children.contains(e));
         found.push(Resettled { node: now.live.clone(), set, grows, rank });
     }

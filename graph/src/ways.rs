@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use gipfel_base::limits::MAX_CHAIN_DEPTH;
 
-use crate::model::{EdgeId, Model, NodeId, Parent};
+use crate::model::{Draft, EdgeId, Model, NodeId, Parent};
 
 impl Model {
     /// Whether `to` is `from` or can be reached from it.
@@ -61,19 +61,30 @@ impl Model {
             depth += 1;
         }
     }
+}
 
-    /// How far from the clients an edge is: the longest way down to it.
-    pub(crate) fn rank(&self, e: EdgeId) -> usize {
+impl Draft<'_> {
+    /// How far from the clients an edge was before the draft: the longest way down to it. Requests
+    /// in flight are on those ways, whatever the draft makes of them.
+    pub(crate) fn rank_before(&self, e: EdgeId) -> usize {
+        let parent = |e: &EdgeId| match self.before.edges.get(e) {
+            Some(before) => before.as_ref().map(|b| b.parent),
+            None => Some(self.edge(*e).parent),
+        };
+        let parents = |n: NodeId| match self.before.nodes.get(&n) {
+            Some(before) => before.as_ref().map(|b| b.parents.clone()).unwrap_or_default(),
+            None => self.node(n).parents.clone(),
+        };
         let mut rank = 0;
         let mut level: BTreeSet<EdgeId> = [e].into();
         loop {
             level = level
                 .iter()
-                .filter_map(|e| match self.edge(*e).parent {
+                .filter_map(|e| match parent(e)? {
                     Parent::Node(p) => Some(p),
                     Parent::Backend(_) => None,
                 })
-                .flat_map(|p| self.node(p).parents.iter().copied())
+                .flat_map(parents)
                 .collect();
             if level.is_empty() {
                 return rank;
